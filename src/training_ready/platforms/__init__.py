@@ -1,0 +1,1 @@
+"""Which machine runs it? Job specifications of cloud platforms, rendered from a recipe and checked before they cost."""

@@ -1,0 +1,119 @@
+"""Old keys that need more than a new name: each rule says what the value meant and writes what means the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from training_ready.recipe.tree import Mapping as Tree
+from training_ready.recipe.tree import Node, Scalar
+
+if TYPE_CHECKING:
+    from training_ready.recipe.migrate import Translation
+
+Rule = Callable[["Translation", Node, Tree], bool]
+"""True if the rule has dealt with the key; false leaves it to the common way."""
+
+
+def _warmup_ratio(work: Translation, node: Node, tree: Tree) -> bool:
+    steps = tree.entries.get("warmup_steps")
+    if isinstance(steps, Scalar) and steps.text not in ("0", "0.0"):
+        work.note(node, "warmup_ratio", "", f"had no effect: `warmup_steps: {steps.text}` came first")
+        return True
+    if not isinstance(node, Scalar):
+        return False
+    try:
+        share = float(node.text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        work.refuse(node, "warmup_ratio", f"{node.text} is not a share of the run in [0, 1)")
+        return True
+    work.put("warmup_steps", node)
+    work.note(node, "warmup_ratio", "warmup_steps", "a value below 1 is a share of the run")
+    return True
+
+
+def _warmup_steps(work: Translation, node: Node, tree: Tree) -> bool:
+    zero = isinstance(node, Scalar) and node.text in ("0", "0.0")
+    if zero and "warmup_ratio" in tree.entries:
+        work.note(node, "warmup_steps", "", "0 left the choice to `warmup_ratio`")
+        return True
+    return False
+
+
+def _chat_template(work: Translation, node: Node, tree: Tree) -> bool:
+    if not isinstance(node, Scalar):
+        return False
+    if node.is_null:
+        work.note(node, "chat_template", "", "set to nothing")
+    elif "{" not in node.text:
+        work.put("chat_template_path", node)
+        work.note(node, "chat_template", "chat_template_path", "renamed, same meaning")
+    else:
+        work.template = node.text
+        work.put_text("chat_template_path", str(work.template_path), node.origin)
+        work.note(
+            node, "chat_template", f"chat_template_path: {work.template_path}", "the same text, in a file"
+        )
+    return True
+
+
+def _becomes(key: str, when: str, new: str, value: str) -> Rule:
+    """A rule for a key whose one value ``when`` is now ``new: value``; other values go the common way."""
+
+    def rule(work: Translation, node: Node, tree: Tree) -> bool:
+        if not isinstance(node, Scalar) or node.text.lower() != when:
+            return False
+        other = tree.entries.get(new)
+        if new != key and isinstance(other, Scalar) and other.text != value:
+            work.refuse(node, key, f"it means `{new}: {value}`, but {new} is {other.text} ({other.origin})")
+            return True
+        work.put_text(new, value, node.origin)
+        work.note(node, f"{key}: {node.text}", f"{new}: {value}", "renamed, same meaning")
+        return True
+
+    return rule
+
+
+def _packing_strategy(work: Translation, node: Node, tree: Tree) -> bool:
+    if isinstance(node, Scalar) and node.text == "bfd-requeue":
+        work.put_text("packing_strategy", "bfd_split", node.origin)
+        work.note(
+            node, "packing_strategy: bfd-requeue", "packing_strategy: bfd_split", "renamed, same meaning"
+        )
+        return True
+    if isinstance(node, Scalar) and node.text == "ffd":
+        return False
+    work.put("packing_strategy", node)
+    return True
+
+
+def _dataset_kwargs(work: Translation, node: Node, tree: Tree) -> bool:
+    if isinstance(node, Tree) and set(node.entries) - {"skip_prepare_dataset"}:
+        return False
+    work.put("dataset_kwargs", node)
+    return True
+
+
+def _torch_dtype(work: Translation, node: Node, tree: Tree) -> bool:
+    if not isinstance(node, Scalar) or not node.is_null:
+        return False
+    work.put_text("dtype", "float32", node.origin)
+    work.note(node, "torch_dtype: null", "dtype: float32", "transformers loaded float32 when none was named")
+    return True
+
+
+SPECIAL: Mapping[str, Rule] = {
+    "warmup_ratio": _warmup_ratio,
+    "warmup_steps": _warmup_steps,
+    "chat_template": _chat_template,
+    "torch_dtype": _torch_dtype,
+    "group_by_length": _becomes("group_by_length", "true", "train_sampling_strategy", "group_by_length"),
+    "use_flash_attention_2": _becomes(
+        "use_flash_attention_2", "true", "attn_implementation", "flash_attention_2"
+    ),
+    "loss_type": _becomes("loss_type", "chunked_nll", "loss_type", "nll"),
+    "packing_strategy": _packing_strategy,
+    "dataset_kwargs": _dataset_kwargs,
+}

@@ -1,0 +1,38 @@
+"""From a finished run to a release folder: load the checkpoint, export it, write its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_ready.release.card import ReleaseWords, require_words, write_card
+from training_ready.release.contents import ReleaseFile, release_files
+from training_ready.release.export import end_of_turn_ids, load_checkpoint, write_release
+from training_ready.release.facts import CardError, RunFacts, load_facts
+
+
+def build_release(
+    run_folder: Path, folder: Path, words: ReleaseWords, *, title: str | None = None
+) -> list[ReleaseFile]:
+    """Write the release of `run_folder` into `folder` and return its files, checked as they will be published.
+
+    `words` is the recipe's `release:` section; `title` defaults to the run's name. Everything that can be refused
+    without loading weights is refused first.
+
+    Raises CardError, ExportError or ContentsError.
+    """
+    require_words(words)
+    facts = load_facts(run_folder)
+    checkpoint = find_checkpoint(facts, run_folder)
+    model, tokenizer = load_checkpoint(checkpoint, base_revision=facts.model.base_revision)
+    ends = end_of_turn_ids(tokenizer, facts.data.target_role)
+    write_release(model, tokenizer, folder, end_of_turn_ids=ends)
+    write_card(facts, words, run_folder, folder, title=title or facts.run)
+    return release_files(folder)
+
+
+def find_checkpoint(facts: RunFacts, run_folder: Path) -> Path:
+    """The checkpoint that the summary names, also when the run folder has been moved since."""
+    for candidate in (Path(facts.checkpoint), run_folder / Path(facts.checkpoint).name):
+        if candidate.is_dir():
+            return candidate
+    raise CardError(f"checkpoint: {facts.checkpoint} does not exist, nor does its namesake in {run_folder}")

@@ -1,0 +1,51 @@
+"""Is this model card's metadata something a hub accepts? The YAML block at the top of a README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The YAML block at the top of a card; {} when there is none. Raises ValueError when it is not valid."""
+    lines = text.lstrip("\ufeff").splitlines()
+    if not lines or lines[0].strip() != "---" or "---" not in [line.strip() for line in lines[1:]]:
+        return {}
+    end = next(index for index, line in enumerate(lines[1:], start=1) if line.strip() == "---")
+    block = "\n".join(lines[1:end])
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block)):
+            raise ValueError("the metadata uses YAML aliases, which can grow without bound; write values out")
+        metadata = yaml.safe_load(block)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata is not YAML: {error}") from error
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"the metadata must be a mapping, not {type(metadata).__name__}")
+    for key, kinds in _CARD_KEYS.items():
+        value = (metadata or {}).get(key)
+        if value is not None and not _fits(value, kinds):
+            raise ValueError(f"{key!r} must be {' or '.join(kinds)}, not {type(value).__name__}")
+    return metadata or {}
+
+
+_CARD_KEYS = {
+    "license": ("a text", "a list of texts"),
+    "language": ("a text", "a list of texts"),
+    "base_model": ("a text", "a list of texts"),
+    "datasets": ("a text", "a list of texts"),
+    "tags": ("a list of texts",),
+    "library_name": ("a text",),
+    "pipeline_tag": ("a text",),
+    "model_name": ("a text",),
+}
+
+
+def _fits(value: object, kinds: tuple[str, ...]) -> bool:
+    if isinstance(value, str):
+        return "a text" in kinds
+    return (
+        "a list of texts" in kinds
+        and isinstance(value, list)
+        and all(isinstance(item, str) for item in value)
+    )

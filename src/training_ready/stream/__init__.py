@@ -1,0 +1,1 @@
+"""Which tokens come next? Corpus shards → rows → chat template → tokens → packs, in an order that resumes exactly."""

@@ -1,0 +1,57 @@
+"""The entry point of a training process: recipe first, so that a mistake costs a second and no import of torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from training_ready import TrainingReadyError
+from training_ready.recipe.load import load_recipe
+from training_ready.recipe.recipe import Recipe
+from training_ready.storage.embedded import die_with_parent
+
+_USAGE = "usage: accelerate launch scripts/run_sft.py RECIPE.yaml [key=value ...]"
+
+
+def _prepare_environment(recipe: Recipe) -> None:
+    """Before the first import of torch and transformers, which read their settings from the environment."""
+    die_with_parent()  # a launcher that is killed leaves no process behind that goes on writing to the run folder
+    os.environ.update(recipe.env)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if recipe.effective("use_cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed warns that it finds no GPU
+
+
+def _speak(first: bool) -> None:
+    """The first process tells what happens; the others speak up only when something is wrong."""
+    ours = logging.getLogger("training_ready")
+    ours.setLevel(logging.INFO if first else logging.WARNING)
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(to_terminal)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the recipe named first, with ``key=value`` overrides after it; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        _prepare_environment(recipe)
+        from training_ready.training.run import run_sft
+
+        first = os.environ.get("RANK", "0") == "0"
+        _speak(first)
+        run_sft(recipe, Console(quiet=not first))
+    except TrainingReadyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

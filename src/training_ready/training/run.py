@@ -1,0 +1,220 @@
+"""One supervised fine-tuning run, from a recipe to a summary.
+
+Read :func:`run_sft` top to bottom: corpus, tokenizer, tokens, where to start, model, trainer, training, summary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig, get_peft_config
+
+from training_ready.corpus.manifest import Manifest
+from training_ready.moe.families import moe_family
+from training_ready.moe.monitor import ExpertLoadMonitor, LoadSnapshot
+from training_ready.moe.plots import plot_expert_load
+from training_ready.recipe.recipe import Recipe
+from training_ready.storage.objects import ObjectStore
+from training_ready.stream.render import ChatRenderer
+from training_ready.training import summary
+from training_ready.training.arguments import model_config, sft_config, world
+from training_ready.training.callbacks import MetricsFile, ProgressDisplay, TimeBudget
+from training_ready.training.checkpoints import ResumeError, StreamState, checkpoint_to_resume
+from training_ready.training.data import RunData, corpus_texts, open_corpus, prepare_data, steps_of
+from training_ready.training.expert_load import ExpertLoadLog
+from training_ready.training.model import build_model, load_model
+from training_ready.training.plots import plot_loss
+from training_ready.training.run_folder import RunFolder
+from training_ready.training.tokenizer import load_tokenizer, trained_once
+from training_ready.training.trainer import StreamSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_sft(recipe: Recipe, console: Console) -> Path:
+    """Trains what the recipe says and returns the run folder; it holds ``summary.json`` if the run has finished.
+
+    Raises:
+        TrainingReadyError: anything that a person can mend; nothing is reported as done that is not.
+    """
+    started = time.time()
+    folder = RunFolder(recipe.output_dir)
+    if _already_done(folder, recipe):
+        logger.info(f"{folder.path} is already trained with this very recipe: nothing to do")
+        return folder.path
+
+    # ---------------------------------------------------------------- corpus
+    manifest, store = open_corpus(recipe.data.corpus)
+    if world()[0] == 0:
+        folder.open(recipe.to_yaml())
+
+    # ------------------------------------------------- tokenizer, then tokens
+    model_args = model_config(recipe)
+    args = sft_config(recipe)
+    tokenizer = _tokenizer(recipe, model_args, store, manifest, folder)
+    renderer = ChatRenderer(tokenizer, recipe.data.target_role)
+    data = prepare_data(recipe, args, manifest, store, renderer, console)
+
+    # -------------------------------------------------------- where to start
+    start, checkpoint = _start(recipe, args, data, manifest.sha256, renderer.fingerprint, folder)
+
+    # ----------------------------------------------------- model and trainer
+    model = _model(recipe, model_args, tokenizer, args.seed)
+    watched = recipe.moe.watch and moe_family(model.config) is not None
+    expert_load = ExpertLoadLog(ExpertLoadMonitor(model)) if watched else None
+    trainer = StreamSFTTrainer(
+        model=model,
+        args=args,
+        plan=data.plan,
+        eval_plan=data.eval_plan,
+        start=start,
+        expert_load=expert_load,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[
+            MetricsFile(folder),
+            ProgressDisplay(console),
+            *([TimeBudget(recipe.budget.max_hours)] if recipe.budget.max_hours else []),
+        ],
+    )
+
+    # -------------------------------------------------------------- training
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < args.max_steps:
+        logger.info(
+            f"stopped at step {trainer.state.global_step} of {args.max_steps}: budget.max_hours "
+            f"{recipe.budget.max_hours} is used up. Continue with resume_from_checkpoint=auto."
+        )
+        return folder.path
+    evaluation = _final_evaluation(trainer) if data.eval_plan is not None else {}
+    load = expert_load.total() if expert_load else None
+
+    # --------------------------------------------------------------- summary
+    if trainer.is_world_process_zero():
+        folder.finish(
+            {
+                "run": recipe.name,
+                "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "wall_seconds": round(time.time() - started, 1),
+                "steps": trainer.state.global_step,
+                "seed": args.seed,
+                "recipe": {"path": str(recipe.path), "sha256": recipe.sha256, "resolved": recipe.to_yaml()},
+                "data": summary.data_facts(recipe, manifest),
+                "tokens": summary.token_facts(data, trainer.packs_consumed),
+                "loss": summary.loss_facts(folder, evaluation),
+                "moe": summary.moe_facts(load, folder) if load else None,
+                "model": summary.model_facts(model, model_args),
+                "versions": summary.versions(),
+                "hardware": summary.hardware(args.device),
+                "checkpoint": str(summary.last_checkpoint(folder.path)),
+                "pictures": _draw(folder, recipe.name, load),
+            }
+        )
+        logger.info(f"trained: {folder.path}/summary.json")
+    return folder.path
+
+
+def _final_evaluation(trainer: StreamSFTTrainer) -> dict[str, float]:
+    """The evaluation of the final weights: the one that the last step ended with, or one made now."""
+    last = [logs for logs in trainer.state.log_history if "eval_loss" in logs][-1:]
+    if last and last[0]["step"] == trainer.state.global_step:
+        return dict(last[0])
+    return dict(trainer.evaluate())
+
+
+def _already_done(folder: RunFolder, recipe: Recipe) -> bool:
+    finished = folder.summary()
+    if finished is None:
+        return False
+    if _what_is_trained(yaml.safe_load(finished["recipe"]["resolved"])) == _what_is_trained(
+        recipe.resolved()
+    ):
+        return True
+    raise ResumeError(
+        f"{folder.path} holds a finished run of another recipe (its summary says {finished['recipe']['sha256'][:12]}, "
+        f"this recipe is {recipe.sha256[:12]}). Give this run another output_dir, or remove that folder."
+    )
+
+
+def _what_is_trained(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved recipe without what says only how far one start may go."""
+    return {key: value for key, value in resolved.items() if key not in ("resume_from_checkpoint", "budget")}
+
+
+def _tokenizer(
+    recipe: Recipe, model_args: ModelConfig, store: ObjectStore, manifest: Manifest, folder: RunFolder
+) -> PreTrainedTokenizerBase:
+    if recipe.model.tokenizer is None:
+        return load_tokenizer(
+            str(model_args.model_name_or_path),
+            revision=model_args.model_revision,
+            chat_template_path=recipe.trl.get("chat_template_path"),
+        )
+    wanted = recipe.model.tokenizer
+    texts = corpus_texts(store, manifest, recipe.data.train_split)
+    return trained_once(
+        folder.path / "tokenizer", texts, vocab_size=wanted.vocab_size, chat_template=wanted.chat_template
+    )
+
+
+def _model(
+    recipe: Recipe, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    if recipe.model.config is None:
+        return load_model(model_args)
+    return build_model(recipe.model.config, tokenizer, model_args=model_args, seed=seed)
+
+
+def _start(
+    recipe: Recipe,
+    args: SFTConfig,
+    data: RunData,
+    manifest_sha256: str,
+    tokens: str,
+    folder: RunFolder,
+) -> tuple[StreamState, Path | None]:
+    """The position to train from, and the checkpoint to load; sets ``args.max_steps`` from the epochs."""
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1]
+    if args.max_steps <= 0:
+        args.max_steps = steps_of(data.plan, args.num_train_epochs, global_batch)
+    start = StreamState(
+        position=0,
+        global_batch=global_batch,
+        manifest_sha256=manifest_sha256,
+        tokens=tokens,
+        plan=data.plan.fingerprint,
+    )
+    checkpoint = checkpoint_to_resume(folder.path, recipe.trl.get("resume_from_checkpoint"))
+    if checkpoint is not None:
+        saved = StreamState.read(checkpoint)
+        saved.refuse_unless_same_data(start, checkpoint)
+        logger.info(f"continuing from {checkpoint}, pack {saved.position}")
+        start = saved
+    if world()[0] == 0:
+        folder.forget_metrics_after(start.position // global_batch)
+    return start, checkpoint
+
+
+def _draw(folder: RunFolder, name: str, load: LoadSnapshot | None) -> list[str]:
+    """Draws the run's pictures and returns their file names."""
+    plot_loss(
+        folder.series("loss"),
+        folder.series("eval_loss"),
+        folder.path / "loss.png",
+        title=f"{name}: training loss",
+    )
+    if load is None:
+        return ["loss.png"]
+    plot_expert_load(
+        load, folder.path / "expert_load.png", title=f"{name}: expert load, {load.tokens} tokens"
+    )
+    return ["loss.png", "expert_load.png"]

@@ -1,0 +1,114 @@
+"""What happened in a run, counted: the facts that its summary and its model card are made of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import ModelConfig
+
+from training_ready.corpus.manifest import Manifest
+from training_ready.moe.monitor import LoadSnapshot
+from training_ready.recipe.recipe import Recipe
+from training_ready.training.arguments import world
+from training_ready.training.checkpoints import ResumeError, checkpoints_in
+from training_ready.training.data import RunData
+from training_ready.training.run_folder import RunFolder
+
+
+def data_facts(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "corpus": manifest.name,
+        "manifest_uri": manifest.uri,
+        "manifest_sha256": manifest.sha256,
+        "target_role": recipe.data.target_role,
+        "splits": dict(manifest.splits),
+        "sources": [
+            {
+                "name": source.name,
+                "license": source.license,
+                "records_in": source.records_in,
+                "kept": source.kept,
+                "rejected": source.rejected,
+            }
+            for source in manifest.sources
+        ],
+    }
+
+
+def token_facts(data: RunData, packs_consumed: int) -> dict[str, Any]:
+    trained = data.plan.count(packs_consumed)
+    return {
+        **asdict(data.counts),
+        "packs": trained.packs,
+        "pack_fill": round(trained.tokens / (trained.packs * data.max_length), 4),
+        "trained_rows": trained.rows,
+        "trained_tokens": trained.tokens,
+        "trained_learned_tokens": trained.learned_tokens,
+    }
+
+
+def moe_facts(load: LoadSnapshot, folder: RunFolder) -> dict[str, Any]:
+    aux = folder.series("aux_loss")
+    return {
+        "layers": [{"layer": one.layer, "load": one.load, "entropy": one.entropy} for one in load.layers],
+        "aux_loss_first": aux[0][1] if aux else None,
+        "aux_loss_last": aux[-1][1] if aux else None,
+    }
+
+
+def loss_facts(folder: RunFolder, evaluation: dict[str, float]) -> dict[str, Any]:
+    losses = [loss for _, loss in folder.series("loss")]
+    if not losses:
+        raise ResumeError(
+            f"no loss was logged in {folder.path}: set logging_steps to at most the number of steps"
+        )
+    return {"first": losses[0], "last": losses[-1], "eval": evaluation.get("eval_loss")}
+
+
+def model_facts(model: PreTrainedModel, model_args: ModelConfig) -> dict[str, Any]:
+    return {
+        "architecture": type(model).__name__,
+        "parameters_total": sum(_size(parameter) for parameter in model.parameters()),
+        "parameters_trainable": sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad),
+        "base_model": model_args.model_name_or_path,
+        "base_revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter; under ZeRO-3 the local part is empty and DeepSpeed keeps the true size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def versions() -> dict[str, str]:
+    names = ("training-ready", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    on_gpu, (_, world_size) = device.type == "cuda", world()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device_count": world_size if on_gpu else 0,
+        "processes": world_size,
+        "processor": platform.processor() or platform.machine(),
+        "processor_count": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+    }
+
+
+def last_checkpoint(folder: Path) -> Path:
+    complete, _ = checkpoints_in(folder)
+    if not complete:
+        raise ResumeError(
+            f"{folder} holds no complete checkpoint after training: set save_strategy in the recipe"
+        )
+    return complete[-1]

@@ -1,0 +1,110 @@
+"""Which tokenizer? The model's own, or a small byte-level BPE learned from the corpus for a model from a config."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training_ready import TrainingReadyError
+
+END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_POLL_SECONDS = 0.5
+
+
+class TokenizerError(TrainingReadyError):
+    """No usable tokenizer."""
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, chat_template: str = "chatml"
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; it can encode any text, whatever it was trained on.
+
+    Args:
+        chat_template: ``chatml``, or a ``.jinja`` file.
+
+    ``<|im_end|>`` ends a turn and is the EOS token; padding has a token of its own, so that EOS is never masked.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, START_OF_TURN, END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[START_OF_TURN],
+        clean_up_tokenization_spaces=False,
+    )
+    built_in = resources.files(__package__) / "chatml.jinja"
+    template = built_in if chat_template == "chatml" else Path(chat_template)
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def trained_once(
+    folder: Path, texts: Iterable[str], *, vocab_size: int, chat_template: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer kept in ``folder``, trained there first if need be by this node's first process.
+
+    The other processes of the node wait for the folder, which appears complete or not at all.
+    """
+    if not folder.exists():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            building = folder.with_name(f".{folder.name}.building")
+            shutil.rmtree(building, ignore_errors=True)
+            tokenizer = train_tokenizer(texts, vocab_size=vocab_size, chat_template=chat_template)
+            tokenizer.save_pretrained(building)
+            os.replace(building, folder)
+        else:
+            _wait_for(folder)
+    return load_tokenizer(str(folder))
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or hub, with its chat template replaced when a ``.jinja`` file is given.
+
+    Raises:
+        TokenizerError: it cannot be loaded, has no fast form, or pads with its end-of-turn token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"no tokenizer in {name_or_path!r} (revision {revision or 'main'}): {error}. Check model_name_or_path, "
+            "HF_ENDPOINT and HF_TOKEN."
+        ) from error
+    if chat_template_path:
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    if tokenizer.pad_token_id is None:
+        raise TokenizerError(
+            f"{name_or_path!r} has no padding token. Name an unused special token with `pad_token:` in the recipe; "
+            "padding with the end-of-turn token would hide from the model when to stop."
+        )
+    return tokenizer
+
+
+def _wait_for(folder: Path, patience_seconds: float = 1800) -> None:
+    deadline = time.monotonic() + patience_seconds
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise TokenizerError(
+                f"{folder} did not appear in {patience_seconds:.0f} s: the process with LOCAL_RANK=0 failed before "
+                "it; look at its log"
+            )
+        time.sleep(_POLL_SECONDS)

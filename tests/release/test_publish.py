@@ -1,0 +1,287 @@
+"""A release arrives whole and proven, or the message says what is where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, constants
+from safetensors.numpy import load_file, save_file
+
+from training_ready.release.commands import hub_check, hub_serve
+from training_ready.release.connection import PublishError, is_public_hub, without_xet
+from training_ready.release.contents import ContentsError, release_files
+from training_ready.release.hub_blobs import HubError
+from training_ready.release.hub_server import EmbeddedHub
+from training_ready.release.publish import Publication, publish_release
+
+REPO = "me/tiny"
+
+
+def publish(hub: EmbeddedHub, release: Path, **options: object) -> Publication:
+    return publish_release(release, REPO, endpoint=hub.endpoint_url, **options)  # type: ignore[arg-type]
+
+
+def blob(hub: EmbeddedHub, path: Path) -> Path:
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hub.root / "blobs" / sha256[:2] / sha256
+
+
+def test_a_release_is_pushed_in_one_commit_and_read_back(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    publication = publish(hub, release, progress=lambda label, done, total: seen.append((label, done, total)))
+    assert publication.uploaded
+    assert publication.url == f"{hub.endpoint_url}/{REPO}"
+    assert [commit.commit_id for commit in api.list_repo_commits(REPO)][:-1] == [publication.revision]
+    assert {file.path: file.sha256 for file in publication.files} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in release.iterdir()
+    }
+    assert api.repo_info(REPO).private is True
+    total = sum(path.stat().st_size for path in release.iterdir())
+    for label in ("hash", "upload", "read back"):
+        steps = [(done, of) for name, done, of in seen if name == label]
+        assert steps == sorted(steps)
+        assert steps[-1] == (total, total)
+
+
+def test_publishing_again_makes_no_commit(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    first = publish(hub, release)
+    second = publish(hub, release)
+    assert not second.uploaded
+    assert second.revision == first.revision
+    assert len(api.list_repo_commits(REPO)) == 2
+
+
+def test_the_next_release_replaces_the_files_of_the_last(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    weights = load_file(release / "model.safetensors")
+    for number, key in enumerate(sorted(weights)):
+        save_file({key: weights[key]}, release / f"model-{number}.safetensors")
+    (release / "model.safetensors").unlink()
+    first = publish(hub, release)
+    save_file(weights, release / "model.safetensors")
+    for number in range(2):
+        (release / f"model-{number}.safetensors").unlink()
+    second = publish(hub, release)
+    assert sorted(api.list_repo_files(REPO)) == sorted(path.name for path in release.iterdir())
+    assert "model-0.safetensors" in api.list_repo_files(REPO, revision=first.revision)
+    assert second.uploaded
+
+
+# --- what must not leave
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "weights.pt",
+        "training_args.bin",
+        "optimizer.safetensors",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "consolidated.safetensors",
+        "training_state.safetensors",
+        "trainer_state.json",
+        "modeling_tiny.py",
+        ".env",
+        "arrays.npz",
+        "notes.docx",
+        "checkpoint-3/optimizer.pt",
+    ],
+)
+def test_a_file_that_must_not_leave_is_named(hub: EmbeddedHub, api: HfApi, release: Path, name: str) -> None:
+    (release / name).parent.mkdir(exist_ok=True)
+    (release / name).write_bytes(b"x")
+    with pytest.raises(ContentsError, match=name.replace(".", r"\.")):
+        publish(hub, release)
+    assert not api.repo_exists(REPO)
+
+
+def test_a_pickle_under_a_harmless_name_is_refused(release: Path) -> None:
+    import pickle
+
+    (release / "vocab.txt").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ContentsError, match=r"vocab\.txt: a pickle"):
+        release_files(release)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"]
+)
+def test_a_missing_file_is_named(hub: EmbeddedHub, release: Path, name: str) -> None:
+    (release / name).unlink()
+    with pytest.raises(ContentsError, match=f"{name.replace('model.', '*.')}: missing".replace("*", r"\*")):
+        publish(hub, release)
+
+
+def test_damaged_weights_are_refused(release: Path) -> None:
+    weights = release / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ContentsError, match="damaged or cut short"):
+        release_files(release)
+    weights.write_bytes(whole)
+    save_file(load_file(weights), release / "copy.safetensors")
+    with pytest.raises(ContentsError, match=r"tensor embed\.weight is also in copy\.safetensors"):
+        release_files(release)
+
+
+def test_a_link_out_of_the_folder_is_refused(release: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (release / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (release / "more").symlink_to(tmp_path)
+    with pytest.raises(ContentsError) as refused:
+        release_files(release)
+    assert "notes.txt: a symbolic link" in str(refused.value)
+    assert "more: a symbolic link" in str(refused.value)
+
+
+def test_a_card_that_hubs_refuse_is_refused(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    (release / "README.md").write_text("---\ntags: {a: b}\n---\n")
+    with pytest.raises(PublishError, match="'tags' must be a list of texts"):
+        publish(hub, release)
+    assert api.list_repo_files(REPO) == []
+
+
+# --- what can go wrong on the way
+
+
+def test_a_content_damaged_on_the_hubs_disk_is_found(hub: EmbeddedHub, release: Path) -> None:
+    publish(hub, release)
+    stored = blob(hub, release / "model.safetensors")
+    data = bytearray(stored.read_bytes())
+    data[-1] ^= 1
+    stored.write_bytes(data)
+    with pytest.raises(PublishError, match=r"model\.safetensors: sent .* the hub returns") as refused:
+        publish(hub, release)
+    assert "hub check" in str(refused.value)
+    assert "config.json" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_content_is_set_aside_and_published_again(tmp_path: Path, release: Path, name: str) -> None:
+    root = tmp_path / "hub"
+    with EmbeddedHub(root) as hub:
+        first = publish(hub, release)
+        blob(hub, release / name).write_bytes(b"rubbish")
+    with pytest.raises(HubError, match=f"1 damaged contents(.|\n)*{REPO}"):
+        hub_check(root)
+    with EmbeddedHub(root) as hub:
+        again = publish(hub, release)
+        assert again.revision == first.revision
+    hub_check(root)
+
+
+def test_unreferenced_contents_are_deleted_only_when_asked(
+    tmp_path: Path, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "hub"
+    with EmbeddedHub(root) as hub:
+        publish(hub, release)
+        HfApi(endpoint=hub.endpoint_url, token=False).delete_repo(REPO)
+        weights = blob(hub, release / "model.safetensors")
+    hub_check(root)
+    assert weights.exists()
+    hub_check(root, delete_unreferenced=True)
+    assert not weights.exists()
+    total = sum(path.stat().st_size for path in release.iterdir())
+    assert f"deleted {total} bytes" in capsys.readouterr().out
+
+
+def test_a_wrong_token_is_refused_in_one_sentence(tmp_path: Path, release: Path) -> None:
+    with EmbeddedHub(tmp_path / "hub", token="right") as hub:
+        for token in ("not-the-one", None):
+            with pytest.raises(PublishError, match=r"HTTP 401.*Set HF_TOKEN") as refused:
+                publish(hub, release, token=token)
+            assert "not-the-one" not in str(refused.value)
+        assert publish(hub, release, token="right").uploaded
+
+
+def test_the_login_of_the_public_hub_is_not_sent_elsewhere(
+    tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that accepts exactly the machine's login must still refuse a publication that names no token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_login_of_this_machine")
+    with (
+        EmbeddedHub(tmp_path / "hub", token="hf_login_of_this_machine") as hub,
+        pytest.raises(PublishError, match="401"),
+    ):
+        publish(hub, release)
+
+
+def test_no_hub_at_the_endpoint(release: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = taken.getsockname()[1]
+    with pytest.raises(
+        PublishError, match=rf"no hub answers at http://127\.0\.0\.1:{free}.*release publish"
+    ) as refused:
+        publish_release(release, REPO, endpoint=f"http://127.0.0.1:{free}")
+    assert str(release) in str(refused.value)
+
+
+def test_a_repository_name_that_is_none_is_refused(hub: EmbeddedHub, release: Path) -> None:
+    with pytest.raises(PublishError, match="Repo id must"):
+        publish_release(release, "a/b/c", endpoint=hub.endpoint_url)
+
+
+def test_main_moved_by_somebody_else_meanwhile(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    publish(hub, release)
+    save_file({"w": load_file(release / "model.safetensors")["embed.weight"]}, release / "model.safetensors")
+
+    def interfere(label: str, done: int, total: int) -> None:
+        if label == "upload" and done == total:
+            api.upload_file(repo_id=REPO, path_or_fileobj=b"other", path_in_repo="other.txt")
+
+    with pytest.raises(PublishError, match="somebody else moved main"):
+        publish(hub, release, progress=interfere)
+    assert "other.txt" in api.list_repo_files(REPO)
+
+
+# --- Xet
+
+
+def test_xet_is_off_for_self_hosted_hubs_only(
+    hub: EmbeddedHub, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert publish(hub, release).uploaded
+    assert constants.HF_HUB_DISABLE_XET is False
+    with without_xet("https://huggingface.co"):
+        assert constants.HF_HUB_DISABLE_XET is False
+    assert is_public_hub("https://huggingface.co")
+    assert not is_public_hub("https://huggingface.co.example.org")
+
+
+# --- the command
+
+
+def test_the_publish_command_prints_what_is_proven(hub: EmbeddedHub, release: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from training_ready.release.commands import release_publish; "
+        "release_publish(Path(sys.argv[1]), sys.argv[2], sys.argv[3])"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(release), REPO, hub.endpoint_url],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    size = sum(path.stat().st_size for path in release.iterdir())
+    assert f"pushed and read back, {len(list(release.iterdir()))} files, {size:,} bytes" in done.stdout
+
+
+def test_a_hub_for_others_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRAINING_READY_HUB_TOKEN", raising=False)
+    with pytest.raises(HubError, match="TRAINING_READY_HUB_TOKEN"):
+        hub_serve(tmp_path / "hub", host="0.0.0.0", port=0)

@@ -1,0 +1,88 @@
+"""Loading: only what can be served safely, with the facts that the API reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_ready.serving.errors import ServingError
+from training_ready.serving.model import ServedModel, load_model
+
+
+@pytest.fixture
+def copy(release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(release, tmp_path / "copy"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_facts_come_from_the_release(served: ServedModel) -> None:
+    end = served.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert served.end_ids == frozenset(end)
+    assert (served.max_total_tokens, served.max_input_tokens) == (256, 255)
+    assert (served.dtype, served.device.type, served.commit, served.pipeline_tag) == (
+        "float32",
+        "cpu",
+        None,
+        None,
+    )
+    assert set(served.special_tokens.values()) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
+def test_the_model_card_names_the_task(copy: Path) -> None:
+    (copy / "README.md").write_text("---\npipeline_tag: text-generation\n---\n# A card\n")
+    assert load_model(str(copy), device="cpu").pipeline_tag == "text-generation"
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    with pytest.raises(ServingError, match=r"no \*\.safetensors.*Pickled weights are never loaded"):
+        load_model(str(copy), device="cpu")
+
+
+def test_a_missing_weight_is_an_error_and_not_a_random_one(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ServingError, match=r"1 weights missing.*lm_head"):
+        load_model(str(copy), device="cpu")
+
+
+def test_code_that_comes_with_a_model_is_never_run(copy: Path) -> None:
+    edit(copy / "config.json", model_type="homemade", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')")
+    with pytest.raises(ServingError, match="cannot be loaded"):
+        load_model(str(copy), device="cpu")
+    assert not (copy / "ran").exists()
+
+
+def test_truncated_weights_are_an_error(copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ServingError, match="cannot be loaded"):
+        load_model(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_up_on_a_hub(name: str) -> None:
+    with pytest.raises(ServingError, match="no such folder"):
+        load_model(name)
+
+
+def test_a_folder_has_no_revision(release: Path) -> None:
+    with pytest.raises(ServingError, match="no revision 'main'"):
+        load_model(str(release), revision="main")
+
+
+def test_an_unknown_device_is_one_clear_line(release: Path) -> None:
+    with pytest.raises(ServingError, match="--device toaster: not usable here"):
+        load_model(str(release), device="toaster")

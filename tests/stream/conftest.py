@@ -1,0 +1,86 @@
+"""Corpora of numbered conversations in a real bucket, for asking which rows came and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from training_ready.corpus.manifest import Shard
+from training_ready.corpus.shards import SHARD_SCHEMA
+from training_ready.storage.objects import ObjectStore
+from training_ready.stream.render import ChatRenderer
+from training_ready.stream.tokens import LengthPolicy, TokenCache, TokenShard
+from training_ready.training.tokenizer import train_tokenizer
+
+WORDS = ["night", "house", "work", "brother", "silence", "river", "letter", "breath", "morning", "door"]
+
+
+def numbered_conversation(
+    number: int, *, stage: str = "stage1_foundation", role: str = "assistant"
+) -> dict[str, Any]:
+    """A conversation whose first words say which row it is."""
+    words = random.Random(number).choices(WORDS, k=3 + number * 7 % 40)
+    return {
+        "content_hash": f"sha256:{hashlib.sha256(str(number).encode()).hexdigest()}",
+        "messages": [
+            {"role": "user", "content": f"row {number} :"},
+            {"role": "assistant", "content": " ".join(words)},
+        ],
+        "source_family": "numbers",
+        "stage": stage,
+        "target_role": role,
+        "domain": None,
+        "metadata": "{}",
+    }
+
+
+def put_shard(store: ObjectStore, key: str, rows: list[dict[str, Any]]) -> Shard:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), buffer)
+    data = buffer.getvalue()
+    store.put_bytes(key, data)
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(
+        key=key, bytes=len(data), sha256=digest, records=len(rows), split="train", row_groups=[len(rows)]
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    texts = [message["content"] for n in range(50) for message in numbered_conversation(n)["messages"]]
+    return train_tokenizer(texts, vocab_size=400)
+
+
+@pytest.fixture
+def make_cache(store: ObjectStore, tokenizer: Any) -> Callable[..., TokenCache]:
+    def make(*, max_length: int = 128, overlong: str = "truncate", role: str = "assistant") -> TokenCache:
+        return TokenCache(
+            store=store,
+            corpus_prefix="final_dataset/numbers",
+            renderer=ChatRenderer(tokenizer, role),
+            policy=LengthPolicy(max_length=max_length, overlong=overlong),
+        )
+
+    return make
+
+
+@pytest.fixture
+def token_shards(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> list[TokenShard]:
+    """Rows 0..99 in three shards of unequal length."""
+    borders = [(0, 57), (57, 60), (60, 100)]
+    shards = [
+        put_shard(
+            store,
+            f"final_dataset/numbers/train/shard-{i}.parquet",
+            [numbered_conversation(n) for n in range(*b)],
+        )
+        for i, b in enumerate(borders)
+    ]
+    return make_cache().ensure(shards)

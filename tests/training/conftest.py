@@ -1,0 +1,111 @@
+"""A corpus of the shipped conversations in a real bucket, and a tiny Mixtral recipe to train on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training_ready.corpus.build import build_corpus
+from training_ready.corpus.spec import load_spec
+from training_ready.storage.embedded import EmbeddedStore
+from training_ready.storage.objects import ObjectStore
+
+REPOSITORY = Path(__file__).parents[2]
+CONVERSATIONS = REPOSITORY / "src/training_ready/corpus/quickstart"
+
+TINY = """
+data: {corpus: final_dataset/quickstart/manifest.json}
+model:
+  config: {model_type: mixtral, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2, max_position_embeddings: 512}
+  tokenizer: {vocab_size: 600}
+attn_implementation: sdpa
+dtype: float32
+bf16: false
+use_cpu: true
+activation_checkpointing: false
+max_length: 256
+packing: true
+max_steps: 12
+per_device_train_batch_size: 2
+learning_rate: 5.0e-3
+logging_steps: 1
+save_steps: 4
+seed: 7
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus_environment(store_server: EmbeddedStore) -> dict[str, str]:
+    """Environment of a process that finds the built quickstart corpus in its bucket."""
+    bucket = f"training-{uuid.uuid4().hex}"
+    store = ObjectStore(store_server.settings(bucket))
+    store.create_bucket_if_missing()
+    for file in CONVERSATIONS.glob("*.jsonl"):
+        store.put_file(f"quickstart/{file.name}", file)
+    build_corpus(load_spec(CONVERSATIONS / "corpus.yaml"), store)
+    return {**store_server.environment(), "OVH_S3_BUCKET": bucket, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"output_dir: {tmp_path / 'run'}\n{TINY}", encoding="utf-8")
+    return path
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch(corpus_environment: dict[str, str]) -> Launch:
+    """Starts ``scripts/run_sft.py`` as a user would, on one or several processes."""
+
+    def start(recipe: Path, *overrides: str, processes: int = 1, **environment: str) -> subprocess.Popen[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            # `accelerate launch --cpu --num_processes 2` starts one process without a word.
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.Popen(
+            [*launcher, str(REPOSITORY / "scripts/run_sft.py"), str(recipe), *overrides],
+            env={**os.environ, **corpus_environment, "ACCELERATE_USE_CPU": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def train(launch: Launch) -> Callable[..., str]:
+    """Trains to the end and returns the output; fails the test when the run does."""
+
+    def run(recipe: Path, *overrides: str, processes: int = 1) -> str:
+        process = launch(recipe, *overrides, processes=processes)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def refused(launch: Launch) -> Callable[..., str]:
+    """Expects a run to be refused, and returns its one message."""
+
+    def run(recipe: Path, *overrides: str, **environment: str) -> str:
+        process = launch(recipe, *overrides, **environment)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1, err
+        assert "Traceback" not in err
+        assert err.count("error: ") == 1
+        return err
+
+    return run
