@@ -28,7 +28,7 @@ quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

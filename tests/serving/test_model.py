@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,34 @@ def test_truncated_weights_are_an_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ServingError, match="cannot be loaded"):
         load_model(str(copy), device="cpu")
+
+
+def test_the_stored_login_is_not_sent_to_another_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["authorization"])
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        for token in (None, "hf_meant"):
+            if token:
+                monkeypatch.setenv("HF_TOKEN", token)
+            with pytest.raises(ServingError, match="Check the name, HF_ENDPOINT"):
+                load_model("people/tiny", endpoint=endpoint)
+        server.shutdown()
+    assert set(seen) == {None, "Bearer hf_meant"}
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training_ready.moe.experts_lora import PROJECTIONS, SplitLora, add_expert_adapters, expert_adapters
 from training_ready.moe.families import MoEError
@@ -26,8 +27,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
-def save_expert_adapters(model: Any, folder: Path, *, base_model: str | None = None) -> None:
+def save_expert_adapters(
+    model: Any, folder: Path, *, base_model: str | None = None, write: bool = True
+) -> None:
     """Write the expert adapters as a PEFT adapter into ``folder``.
+
+    With weights spread over ranks a collective call: every rank takes part, those with ``write`` false only so.
 
     If the folder already holds an adapter of PEFT (of the attention, say), the experts are added to it, so
     that one folder is the whole adapter; both must then share rank and alpha. Dropout is written as 0,
@@ -40,13 +45,17 @@ def save_expert_adapters(model: Any, folder: Path, *, base_model: str | None = N
     first = layers[0][1][names[0]]
     if not isinstance(first, SplitLora):
         raise MoEError(f"{layers[0][0]}: {type(first).__name__} is no expert adapter.")
-    config = _config(folder, first, names, base_model or getattr(model.config, "_name_or_path", None))
-    tensors = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+    tensors: dict[str, Tensor] = {}
     for module, adapters in layers:
         for key, adapter in _keys(module.removeprefix(PREFIX), names, adapters):
-            a, b = adapter.A.detach(), adapter.B.detach()
-            tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).cpu().contiguous()
-            tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).cpu().contiguous()
+            a, b = _whole(adapter.A), _whole(adapter.B)
+            tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).contiguous()
+            tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    if not write:
+        return
+    config = _config(folder, first, names, base_model or getattr(model.config, "_name_or_path", None))
+    if (folder / WEIGHTS).exists():
+        tensors = {**load_file(folder / WEIGHTS), **tensors}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(
@@ -60,10 +69,47 @@ def load_expert_adapters(model: Any, folder: Path, *, dtype: torch.dtype = torch
     Raises :class:`MoEError` when files are missing, when no expert projection is targeted, or when a tensor
     is missing or has another shape than this model's experts need.
     """
+    config, names = _config_for_experts(folder)
+    add_expert_adapters(
+        model, rank=int(config["r"]), alpha=float(config["lora_alpha"]), projections=names, dtype=dtype
+    )
+    return sorted(fill_expert_adapters(model, folder))
+
+
+def fill_expert_adapters(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Fill adapters that the experts carry already from a PEFT adapter; returns the tensors of other layers.
+
+    Raises :class:`MoEError` as :func:`load_expert_adapters` does, and when other projections were adapted.
+    """
+    config, names = _config_for_experts(folder)
+    tensors = _read(folder)
+    rank = int(config["r"])
+    for module, adapters in expert_adapters(model):
+        if sorted(adapters) != sorted(names):
+            raise MoEError(f"{folder} adapts {', '.join(names)}, {module} has {', '.join(adapters)}.")
+        for key, adapter in _keys(module.removeprefix(PREFIX), names, adapters):
+            experts = adapter.A.shape[0]
+            a = _take(tensors, f"{key}.lora_A.weight", (experts * rank, adapter.A.shape[2]), folder)
+            b = _take(tensors, f"{key}.lora_B.weight", (adapter.B.shape[1], rank * experts), folder)
+            with torch.no_grad():
+                _assign(adapter.A, a.view(adapter.A.shape))
+                _assign(adapter.B, b.view(adapter.B.shape[1], rank, experts).permute(2, 0, 1))
+    return tensors
+
+
+def adapts_experts(folder: Path) -> bool:
+    """Is there an adapter of fused experts in ``folder``?"""
+    if not (folder / CONFIG).is_file():
+        return False
+    targets = json.loads((folder / CONFIG).read_text()).get("target_parameters") or []
+    return any(target.split(".")[-1] in PROJECTIONS for target in targets)
+
+
+def _config_for_experts(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The adapter's configuration and the projections of the experts that it targets."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
         raise MoEError(f"{folder}: not a readable PEFT adapter ({error}).") from error
     targets = config.get("target_parameters") or []
     names = [name for name in PROJECTIONS if any(target.split(".")[-1] == name for target in targets)]
@@ -74,17 +120,29 @@ def load_expert_adapters(model: Any, folder: Path, *, dtype: torch.dtype = torch
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if unsupported:
         raise MoEError(f"{folder / CONFIG}: {', '.join(unsupported)} cannot be read for expert adapters.")
-    rank = int(config["r"])
-    add_expert_adapters(model, rank=rank, alpha=float(config["lora_alpha"]), projections=names, dtype=dtype)
-    for module, adapters in expert_adapters(model):
-        for key, adapter in _keys(module.removeprefix(PREFIX), names, adapters):
-            experts = adapter.A.shape[0]
-            a = _take(tensors, f"{key}.lora_A.weight", (experts * rank, adapter.A.shape[2]), folder)
-            b = _take(tensors, f"{key}.lora_B.weight", (adapter.B.shape[1], rank * experts), folder)
-            with torch.no_grad():
-                adapter.A.copy_(a.view_as(adapter.A))
-                adapter.B.copy_(b.view(adapter.B.shape[1], rank, experts).permute(2, 0, 1))
-    return sorted(tensors)
+    return config, names
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MoEError(f"{folder}: not a readable PEFT adapter ({error}).") from error
+
+
+def _assign(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter, of which this rank may hold only a part."""
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(
+            whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements
+        )
+    parameter.copy_(whole)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The whole tensor of a parameter that may be spread over ranks; then a collective call."""
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach().cpu()
 
 
 def _keys(module: str, names: list[str], adapters: nn.ModuleDict) -> list[tuple[str, SplitLora]]:

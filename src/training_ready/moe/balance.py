@@ -36,14 +36,18 @@ def expert_counts(router_logits: Sequence[Tensor], top_k: int, mask: Tensor | No
 
     Right for routers that take the k largest logits (``FamilyLayout.chosen_by_logits``).
     """
+    # The probabilities in fp32, not the raw logits: ties fall the same way as in the routers themselves.
+    chosen = [logits.detach().float().softmax(dim=-1).topk(top_k, dim=-1).indices for logits in router_logits]
+    return choice_counts(chosen, max((logits.shape[1] for logits in router_logits), default=0), mask)
+
+
+def choice_counts(chosen: Sequence[Tensor], experts: int, mask: Tensor | None = None) -> Tensor:
+    """Pairs per expert, (L, E) int64, from the experts (T, k) that each of L routers really chose."""
     rows = []
-    for logits in router_logits:
-        tokens, experts = logits.shape
-        # The probabilities in fp32, not the raw logits: ties fall the same way as in the routers themselves.
-        chosen = logits.detach().float().softmax(dim=-1).topk(top_k, dim=-1).indices
-        real = _real(mask, tokens, logits).long().repeat_interleave(top_k)
-        counts = torch.zeros(experts, dtype=torch.int64, device=logits.device)
-        rows.append(counts.scatter_add_(0, chosen.reshape(-1), real))
+    for choice in chosen:
+        real = _real(mask, choice.shape[0], choice).long().repeat_interleave(choice.shape[1])
+        counts = torch.zeros(experts, dtype=torch.int64, device=choice.device)
+        rows.append(counts.scatter_add_(0, choice.reshape(-1).long(), real))
     return _stack(rows)
 
 
@@ -107,6 +111,7 @@ class GlobalBatchBalance:
         router_logits: Sequence[Tensor],
         mask: Tensor | None = None,
         *,
+        local_counts: Tensor | None = None,
         counts: Tensor | None = None,
         mean_tokens: Tensor | float | None = None,
     ) -> Tensor:
@@ -115,7 +120,9 @@ class GlobalBatchBalance:
         ``mean_tokens``: real tokens of the global batch / (micro-batches * ranks). With it micro-batches
         weigh by their tokens and the average is exactly the loss of the global batch; without it each weighs
         the same, which is the same for packed rows.
-        ``counts``: the exact counts (L, E) of the global batch, if already known.
+        ``local_counts``: pairs per expert (L, E) of this micro-batch, for routers that do not simply choose the
+        k largest logits (:func:`choice_counts`). ``counts``: the exact counts (L, E) of the global batch, if
+        already known.
 
         Raises :class:`MoEError` when gradients are on and no layer's logits carry any: re-entrant
         checkpointing does that, and the loss would be logged without ever training a router.
@@ -128,7 +135,7 @@ class GlobalBatchBalance:
                 "coefficient to 0)."
             )
         if counts is None:
-            counts = expert_counts(router_logits, self.top_k, mask)
+            counts = expert_counts(router_logits, self.top_k, mask) if local_counts is None else local_counts
             if torch.is_grad_enabled():
                 self._window.append(sum_over_ranks(counts))
                 counts = torch.stack(list(self._window)).sum(dim=0)

@@ -94,6 +94,7 @@ class ExpertLoadMonitor:
             raise MoEError(f"{type(model).__name__} has no experts: there is no load to watch.")
         self.family = family
         self.mask: Tensor | None = None
+        self._paused = False
         self._ties = ties and family.layout.chosen_by_logits and family.top_k < family.num_experts
         self._layers = routed_layers(model, family)
         self._tallies: dict[tuple[Phase, int], _Tally] = {}
@@ -115,6 +116,15 @@ class ExpertLoadMonitor:
             yield
         finally:
             self.mask = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside the block: for a forward that is done again for the loss."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def counts(self, phase: Phase = "train") -> Tensor:
         """Pairs per expert on this rank: (L, E) int64 on the CPU."""
@@ -158,7 +168,7 @@ class ExpertLoadMonitor:
 
     def _hook(self, index: int, routed: RoutedLayer) -> Any:
         def count(router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            if in_backward():
+            if self._paused or in_backward():
                 return
             logits, _weights, chosen = output
             self._add("train" if router.training else "eval", index, routed, logits.detach(), chosen.detach())

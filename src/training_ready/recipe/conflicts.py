@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from training_ready.recipe import moe_conflicts
 from training_ready.recipe.effective import Settings, Unknowable
 from training_ready.recipe.faults import Fault, Origin
 from training_ready.recipe.typed import Typed
@@ -297,4 +298,7 @@ RULES: tuple[Rule, ...] = (
     _loader,
     _one_sharding,
     _job,
+    moe_conflicts.balance,
+    moe_conflicts.watch,
+    moe_conflicts.adapters,
 )

@@ -46,6 +46,12 @@ class StreamSection(Section):
         description="A conversation longer than `max_length`: cut its end, leave it out, or stop the run. "
         "Each is counted.",
     )
+    max_truncated: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of the rows and of the tokens that `overlong` may cost; above it the check fails.",
+    )
     blocks_per_group: int = Field(
         8,
         ge=1,
@@ -71,11 +77,62 @@ class ModelSection(Section):
     tokenizer: TokenizerSection | None = Field(None, description="The tokenizer of a model from scratch.")
 
 
+class ExpertAdaptersSection(Section):
+    """Low-rank adapters on the experts, beside `use_peft` for the other layers; the experts stay frozen."""
+
+    rank: int = Field(ge=1, description="Rank of each expert's adapters; with `use_peft` equal to `lora_r`.")
+    alpha: float = Field(gt=0, description="Scale, divided by the rank; with `use_peft` equal to `lora_alpha`.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs while training.")
+    projections: list[Literal["gate_up_proj", "down_proj"]] = Field(
+        ["gate_up_proj", "down_proj"], min_length=1, description="Which of an expert's projections are adapted."
+    )
+
+
 class MoeSection(Section):
-    """Mixture of experts."""
+    """Mixture of experts; no effect on a dense model, unless said otherwise."""
 
     watch: bool = Field(
         True, description="Record the load and entropy of every router; no effect on a dense model."
+    )
+    warn_min_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Warn when an expert's share of its layer's tokens since the last log is below this; an even "
+        "share is 1 / experts.",
+    )
+    stop_on_dead_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Stop the run when an expert has got no token for so many steps, seen at every log.",
+    )
+    balance_coefficient: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the load-balancing loss per layer over the global batch (1.0 when balanced, E when "
+        "collapsed). null: the model's own coefficient x experts per token, which means the same, if the routers "
+        "train; else 0. 0: off.",
+    )
+    balance_counts: Literal["window", "exact"] = Field(
+        "window",
+        description="How the load of a step is known before its last micro-batch. window: the last micro-batches, "
+        "as many as a step has. exact: a forward without gradients first, a third more compute; the same "
+        "gradients for every split of a batch.",
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of the mean squared logsumexp of the router logits; 0: off."
+    )
+    bias_rate: float = Field(
+        0.001,
+        ge=0,
+        description="Step of the choice bias of families that are balanced by one (deepseek_v3 ...), after each "
+        "optimizer step of a full fine-tuning; 0: the biases stay.",
+    )
+    fp32_router: bool = Field(
+        False, description="Compute router logits in fp32 whatever the weights' type; costs next to nothing."
+    )
+    adapters: ExpertAdaptersSection | None = Field(
+        None, description="Adapters on the experts; refused for a dense model. null: none."
     )
 
 
@@ -87,12 +144,23 @@ class BudgetSection(Section):
         gt=0,
         description="Wall-clock hours after which the run saves and stops cleanly; null: no limit.",
     )
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        description="Price of one hour of all machines of the run, in your currency; the check multiplies it with the "
+        "hours it expects. Null: unknown.",
+    )
 
 
 class ReleaseSection(Section):
     """What leaves the house, and what its card says."""
 
     repo_id: str | None = Field(None, pattern=_REPOSITORY, description="Repository on the hub: `owner/name`.")
+    target: Literal["hf", "vllm", "tgi", "gguf", "ollama", "adapter"] = Field(
+        "hf",
+        description="What will serve the release: transformers, vLLM, TGI 3.3.7, llama.cpp, ollama, or an engine that adds "
+        "the adapter to its base.",
+    )
     private: bool = Field(True, description="Create the repository private.")
     license: str | None = Field(
         None, min_length=1, description="Licence of the released weights (SPDX or hub id)."

@@ -32,6 +32,7 @@ def hub_serve(
 
     Example: training-ready hub serve --root ./hub
     """
+    import signal
     import threading
 
     from rich.console import Console
@@ -50,6 +51,7 @@ def hub_serve(
         told.print(f"Serving {root} at {hub.endpoint_url}; Ctrl-C stops it.", markup=False, highlight=False)
         if token:
             told.print(f"Clients need HF_TOKEN set to the value of {HUB_TOKEN}.", markup=False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -101,7 +101,7 @@ def write_release(
     """
     _check_weights(model)
     generation = _generation_config(model, tokenizer, end_of_turn_ids)
-    with _whole_folder(folder) as building:
+    with whole_folder(folder) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         try:
@@ -158,9 +158,12 @@ def _generation_config(
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill; on success it takes the place of `folder` by renaming, on failure it is removed."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "generation_config.json").is_file():
+def whole_folder(folder: Path, *, marker: str = "generation_config.json") -> Iterator[Path]:
+    """A folder to fill; on success it takes the place of `folder` by renaming, on failure it is removed.
+
+    A non-empty `folder` is replaced only when it holds `marker`, so that nothing but an earlier release is.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ExportError(f"{folder} is not empty and not an earlier release: choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -33,7 +33,9 @@ def serve(
 
     Example: training-ready serve releases/quickstart --port 8080
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from rich.console import Console
+    from transformers.utils import logging as transformers_logging
 
     from training_ready.serving import listener
     from training_ready.serving.engine import Engine
@@ -41,6 +43,9 @@ def serve(
     from training_ready.serving.service import create_app
 
     console = Console()
+    if not console.is_terminal:
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     api_key = os.environ.get(API_KEY) or None
     with listener.bind(host, port, protected=api_key is not None) as listening:
         with console.status(f"Loading {model}"):

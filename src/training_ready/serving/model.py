@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
+from training_ready.release.connection import is_public_hub
 from training_ready.serving.errors import ServingError
 
 # Weights only as safetensors, and no Python files: nothing that is downloaded can be executed.
@@ -49,18 +51,21 @@ class ServedModel:
         return self.max_total_tokens - 1
 
 
-def load_model(model: str, *, revision: str | None = None, device: str = "auto") -> ServedModel:
+def load_model(
+    model: str, *, revision: str | None = None, device: str = "auto", endpoint: str | None = None
+) -> ServedModel:
     """Load a release for answering.
 
     Args:
         model: a local folder, or a repository of the hub that ``HF_ENDPOINT`` names.
         revision: branch, tag or commit of the repository; not for a folder.
         device: ``auto`` takes the accelerator that torch finds, else the CPU; or torch's name of a device.
+        endpoint: the hub's address; without it that of ``HF_ENDPOINT`` when this process began.
 
     Raises:
         ServingError: it is not there, not safetensors, needs code of its own, misses weights, or has no length limit.
     """
-    folder, commit = _resolve(model, revision)
+    folder, commit = _resolve(model, revision, endpoint or constants.ENDPOINT)
     if not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ServingError(
@@ -82,7 +87,7 @@ def load_model(model: str, *, revision: str | None = None, device: str = "auto")
     )
 
 
-def _resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
+def _resolve(model: str, revision: str | None, endpoint: str) -> tuple[Path, str | None]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -93,7 +98,15 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ServingError(f"{model}: no such folder (a hub repository is written owner/name)")
     try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=RELEASE_FILES))
+        snapshot = Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=RELEASE_FILES,
+                endpoint=endpoint,
+                token=_hub_token(endpoint),
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ServingError(
@@ -101,6 +114,11 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
             "and, for a private repository, HF_TOKEN."
         ) from error
     return snapshot, snapshot.name  # the cache names a snapshot's folder after its commit
+
+
+def _hub_token(endpoint: str) -> str | bool | None:
+    """``HF_TOKEN``; else the stored login (None), but only for the public Hub, to which it belongs."""
+    return os.environ.get("HF_TOKEN") or (None if is_public_hub(endpoint) else False)
 
 
 def _load_network(folder: Path) -> Any:

@@ -8,26 +8,11 @@ from trl import ModelConfig, SFTConfig
 
 from training_ready import TrainingReadyError
 from training_ready.recipe.recipe import Recipe
+from training_ready.training.elsewhere import unread
 
 
 class ArgumentsError(TrainingReadyError):
     """A recipe key that this trainer cannot honour."""
-
-
-# Keys that TRL knows and this trainer does differently, with the way to do it here.
-_ELSEWHERE = {
-    "push_to_hub": "a release is exported, verified and pushed after the run: `training-ready release publish`",
-    "assistant_only_loss": "data.target_role says whose turns are learned",
-    "completion_only_loss": "data.target_role says whose turns are learned",
-    "eval_packing": "evaluation packs as training does (`packing`)",
-    "shuffle_dataset": "the stream shuffles by `data_seed` (or `seed`)",
-    "dataset_num_proc": "the stream tokenises once and keeps the tokens in the bucket",
-    "truncation_mode": "stream.overlong says what happens to long conversations",
-    "padding_free": "`packing: true` trains without padding",
-    "dataset_kwargs": "the stream prepares the data",
-    "dataloader_num_workers": "the stream reads ahead by itself",
-    "group_by_length": "`packing: true` trains without padding",
-}
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:
@@ -37,9 +22,9 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         ArgumentsError: a key is set that would be ignored, or TRL refuses a value.
     """
     chosen = recipe.trl_group("SFTConfig")
-    ignored = [key for key in _ELSEWHERE if chosen.get(key)]
+    ignored = [f"{key}: not used here; {instead}" for key, instead in unread(recipe)]
     if ignored:
-        raise ArgumentsError("\n".join(f"{key}: not used here; {_ELSEWHERE[key]}" for key in ignored))
+        raise ArgumentsError("\n".join(ignored))
     chosen.pop("resume_from_checkpoint", None)  # found and checked by training/checkpoints.py
     ours = {
         "output_dir": str(recipe.output_dir),

@@ -1,10 +1,16 @@
-"""Which checkpoint does a run continue from? The newest whose last file, the stream's position, was written."""
+"""Which checkpoints lie in a run folder, which are complete, and which make room for the next?
+
+A checkpoint is complete when it holds ``stream_state.json``, written after every other file has reached the disk. On
+a node with a disk of its own, which holds only that node's part, ``part.json`` says the same of the part.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -13,10 +19,16 @@ from training_ready import TrainingReadyError
 logger = logging.getLogger(__name__)
 
 STREAM_STATE = "stream_state.json"
+PART = "part.json"
+_PREFIX = "checkpoint-"
 
 
 class ResumeError(TrainingReadyError):
     """The run cannot be continued as asked."""
+
+
+class SaveError(TrainingReadyError):
+    """A checkpoint could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,33 +82,68 @@ def write_durably(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def flush_to_disk(folder: Path) -> None:
+    """Waits until every file below ``folder`` and every name in it would survive a loss of power."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def folder_of(output_dir: Path, step: int) -> Path:
+    """Where the Trainer saves a step."""
+    return output_dir / f"{_PREFIX}{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def checkpoints_in(output_dir: Path) -> tuple[list[Path], list[Path]]:
     """(complete, incomplete) checkpoint folders, oldest first."""
-    folders = sorted(
-        (path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
-    )
+    folders = _folders(output_dir)
     complete = [path for path in folders if (path / STREAM_STATE).exists()]
     return complete, [path for path in folders if path not in complete]
 
 
-def checkpoint_to_resume(output_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` means: a folder, ``auto`` for the newest complete one, or None.
+def make_room(
+    output_dir: Path, step: int, *, limit: int | None, protected: Collection[Path] = frozenset()
+) -> None:
+    """Deletes what ``save_total_limit`` does not cover, before ``step`` is saved or (again) after.
 
-    Raises:
-        ResumeError: the named checkpoint is incomplete, or checkpoints are there and nothing says what to do with them.
+    The newest sealed checkpoint stays whatever the limit is, and so do the protected ones: those on their way to the
+    bucket, and the best one. Folders that an interrupted save left behind go first, the one of ``step`` among them.
     """
-    complete, incomplete = checkpoints_in(output_dir)
-    if wanted in ("auto", "true", "True"):
-        for path in incomplete:
-            logger.warning(f"ignoring {path}: incomplete, its save was interrupted")
-        return complete[-1] if complete else None
-    if wanted:
-        StreamState.read(Path(wanted))
-        return Path(wanted)
-    if complete:
-        raise ResumeError(
-            f"{output_dir} already holds {complete[-1].name}. Continue it with resume_from_checkpoint=auto, or give "
-            "this run another output_dir."
-        )
-    return None
+    folders = _folders(output_dir)
+    sealed = [path for path in folders if (path / STREAM_STATE).exists() or (path / PART).exists()]
+    for path in folders:
+        if path not in sealed:
+            logger.warning(f"removing {path}: incomplete, its save was interrupted")
+            shutil.rmtree(path)
+    if limit is None:
+        return
+    keep = limit if sealed and step_of(sealed[-1]) == step else max(limit - 1, 1)
+    for path in [one for one in sealed[:-keep] if one not in protected]:
+        logger.info(f"removing {path}: save_total_limit is {limit}")
+        # The seal goes first: a folder that is half removed must not look complete.
+        (path / STREAM_STATE).unlink(missing_ok=True)
+        (path / PART).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def copies_on_disk(limit: int | None, *, mirrored: bool) -> int | None:
+    """The most checkpoint folders that the disk of a run must hold at once, the one being written among them.
+
+    None: there is no limit. A mirrored run keeps one more, on its way to the bucket.
+    """
+    return None if limit is None else max(limit, 2) + int(mirrored)
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = (
+        path for path in output_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()
+    )
+    return sorted(found, key=step_of)

@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from trl import ModelConfig, get_quantization_config
 
 from training_ready import TrainingReadyError
+from training_ready.recipe.faults import did_you_mean
 
 
 class ModelError(TrainingReadyError):
@@ -24,28 +34,47 @@ def build_model(
     Raises:
         ModelError: transformers refuses the config.
     """
-    values = dict(config)
-    model_type = values.pop("model_type")
+    built = scratch_config(
+        config,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(seed)
     try:
-        built = AutoConfig.for_model(
-            model_type,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **values,
-        )
-        unknown = sorted(set(values) - set(built.to_dict()))
-        if unknown:
-            raise ModelError(
-                f"model.config: {model_type} has no {', '.join(unknown)}; see its transformers config class"
-            )
-        set_seed(seed)
         return AutoModelForCausalLM.from_config(
             built, dtype=_dtype(model_args.dtype), attn_implementation=model_args.attn_implementation
         )
     except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model.config does not make a {built.model_type} model: {error}") from error
+
+
+def scratch_config(
+    config: Mapping[str, Any], *, vocab_size: int, **special_tokens: int | None
+) -> PretrainedConfig:
+    """The transformers configuration that ``model.config`` describes, with the tokenizer's vocabulary.
+
+    Raises:
+        ModelError: the model type is unknown, or has no such keys.
+    """
+    values = dict(config)
+    model_type = str(values.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING)
+        raise ModelError(
+            f"model.config.model_type: transformers knows no {model_type!r}; {hint or 'correct it'}"
+        )
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind().to_dict(), *kind.attribute_map}  # a config takes any other name too, and ignores it
+    unknown = [f"{name} ({did_you_mean(name, known) or 'ignored'})" for name in values if name not in known]
+    if unknown:
+        raise ModelError(f"model.config: {kind.__name__} has no {', '.join(unknown)}")
+    try:
+        built = AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_tokens, **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"model.config does not make a {model_type} model: {error}") from error
+    return built
 
 
 def load_model(model_args: ModelConfig) -> PreTrainedModel:

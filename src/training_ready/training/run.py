@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from training_ready.corpus.manifest import Manifest
 from training_ready.moe.families import moe_family
-from training_ready.moe.monitor import ExpertLoadMonitor, LoadSnapshot
+from training_ready.moe.monitor import LoadSnapshot
 from training_ready.moe.plots import plot_expert_load
 from training_ready.recipe.recipe import Recipe
 from training_ready.storage.objects import ObjectStore
@@ -29,8 +30,8 @@ from training_ready.training.arguments import model_config, sft_config, world
 from training_ready.training.callbacks import MetricsFile, ProgressDisplay, TimeBudget
 from training_ready.training.checkpoints import ResumeError, StreamState, checkpoint_to_resume
 from training_ready.training.data import RunData, corpus_texts, open_corpus, prepare_data, steps_of
-from training_ready.training.expert_load import ExpertLoadLog
-from training_ready.training.model import build_model, load_model
+from training_ready.training.model import ModelError, build_model, load_model
+from training_ready.training.moe_trainer import MoETrainer
 from training_ready.training.plots import plot_loss
 from training_ready.training.run_folder import RunFolder
 from training_ready.training.tokenizer import load_tokenizer, trained_once
@@ -68,15 +69,12 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
 
     # ----------------------------------------------------- model and trainer
     model = _model(recipe, model_args, tokenizer, args.seed)
-    watched = recipe.moe.watch and moe_family(model.config) is not None
-    expert_load = ExpertLoadLog(ExpertLoadMonitor(model)) if watched else None
-    trainer = StreamSFTTrainer(
+    trainer = _trainer_for(model, recipe)(
         model=model,
         args=args,
         plan=data.plan,
         eval_plan=data.eval_plan,
         start=start,
-        expert_load=expert_load,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         callbacks=[
@@ -95,6 +93,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
         )
         return folder.path
     evaluation = _final_evaluation(trainer) if data.eval_plan is not None else {}
+    expert_load = trainer.expert_load if isinstance(trainer, MoETrainer) else None
     load = expert_load.total() if expert_load else None
 
     # --------------------------------------------------------------- summary
@@ -121,6 +120,15 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
         )
         logger.info(f"trained: {folder.path}/summary.json")
     return folder.path
+
+
+def _trainer_for(model: PreTrainedModel, recipe: Recipe) -> Callable[..., StreamSFTTrainer]:
+    """The trainer of this kind of model."""
+    if moe_family(model.config) is not None:
+        return partial(MoETrainer, moe=recipe.moe)
+    if recipe.moe.adapters is not None:
+        raise ModelError(f"moe.adapters: {type(model).__name__} is dense, it has no experts to adapt")
+    return StreamSFTTrainer
 
 
 def _final_evaluation(trainer: StreamSFTTrainer) -> dict[str, float]:
@@ -158,6 +166,7 @@ def _tokenizer(
             str(model_args.model_name_or_path),
             revision=model_args.model_revision,
             chat_template_path=recipe.trl.get("chat_template_path"),
+            pad_token=recipe.trl.get("pad_token"),
         )
     wanted = recipe.model.tokenizer
     texts = corpus_texts(store, manifest, recipe.data.train_split)

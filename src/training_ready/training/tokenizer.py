@@ -75,12 +75,16 @@ def trained_once(
 
 
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, chat_template_path: str | None = None
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    chat_template_path: str | None = None,
+    pad_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or hub, with its chat template replaced when a ``.jinja`` file is given.
 
     Raises:
-        TokenizerError: it cannot be loaded, has no fast form, or pads with its end-of-turn token.
+        TokenizerError: it cannot be loaded, or has no padding token apart from the one that ends a text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
@@ -91,10 +95,15 @@ def load_tokenizer(
         ) from error
     if chat_template_path:
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-    if tokenizer.pad_token_id is None:
+    if pad_token:
+        if pad_token not in tokenizer.get_vocab():
+            raise TokenizerError(f"pad_token {pad_token!r} is not in the vocabulary of {name_or_path!r}")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise TokenizerError(
-            f"{name_or_path!r} has no padding token. Name an unused special token with `pad_token:` in the recipe; "
-            "padding with the end-of-turn token would hide from the model when to stop."
+            f"{name_or_path!r} has no padding token of its own (pad {tokenizer.pad_token!r}, EOS {tokenizer.eos_token!r}): "
+            "padding with the token that ends a turn hides from the model when to stop. Name an unused special token "
+            "with `pad_token:` in the recipe."
         )
     return tokenizer
 

@@ -23,7 +23,6 @@ from training_ready import TrainingReadyError
 from training_ready.stream.dataset import pack_stream
 from training_ready.stream.plan import PackPlan
 from training_ready.training.checkpoints import ResumeError, StreamState
-from training_ready.training.expert_load import ExpertLoadLog
 
 
 class StreamSFTTrainer(SFTTrainer):
@@ -39,11 +38,9 @@ class StreamSFTTrainer(SFTTrainer):
         plan: PackPlan,
         eval_plan: PackPlan | None,
         start: StreamState,
-        expert_load: ExpertLoadLog | None = None,
         **kwargs: Any,
     ) -> None:
         self._plan, self._eval_plan, self._start = plan, eval_plan, start
-        self._expert_load = expert_load
         super().__init__(
             args=args,
             train_dataset=pack_stream(plan, position=start.position),
@@ -55,13 +52,6 @@ class StreamSFTTrainer(SFTTrainer):
         self.remove_callback(
             PrinterCallback
         )  # added because `disable_tqdm` is set; progress is shown by ours
-        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if args.gradient_checkpointing and reentrant and self.aux_loss_enabled:
-            raise TrainingReadyError(
-                "re-entrant activation checkpointing takes the gradient from the router's auxiliary loss while its value "
-                "is still logged. Set router_aux_loss_coef: 0.0, or use_reentrant: false (TRL forces re-entrance for "
-                "LoRA under ZeRO-3: choose ZeRO-2 or FSDP2 there)."
-            )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise TrainingReadyError(
@@ -105,11 +95,6 @@ class StreamSFTTrainer(SFTTrainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._expert_load is not None and "loss" in logs:
-            logs.update(self._expert_load.since_last_log())
-        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer saves experts one by one but on resume looks for fused ones, finds none, warns, and goes on with random

@@ -1,0 +1,112 @@
+"""What would be trained, without a single weight: configuration, and the model on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training_ready import TrainingReadyError
+from training_ready.check.context import CheckContext, Missing
+from training_ready.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class MetaModelError(TrainingReadyError):
+    """The model that the recipe describes cannot be built, not even without weights."""
+
+
+def model_source(context: CheckContext) -> str:
+    """``model_name_or_path`` in a form that loads: a folder, the hub's name, or offline the copy in the hub's cache.
+
+    Raises:
+        Missing: offline, and the cache has no copy.
+    """
+    name, revision = str(context.recipe.trl["model_name_or_path"]), context.recipe.effective("model_revision")
+    if Path(name).is_dir() or not context.offline:
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, FileNotFoundError) as error:
+        raise Missing(
+            f"{name} is neither a folder nor in the hub's cache of this machine, and this check is --offline",
+            owner=None,
+        ) from error
+
+
+def config_of(context: CheckContext) -> PretrainedConfig:
+    """The transformers configuration of the recipe's model. See :attr:`CheckContext.model_config`."""
+    recipe = context.recipe
+    if recipe.model.config is not None:
+        from training_ready.training.model import scratch_config
+
+        return scratch_config(recipe.model.config, vocab_size=_vocabulary(context))
+    from transformers import AutoConfig
+
+    source, revision = model_source(context), recipe.effective("model_revision")
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise MetaModelError(
+            f"no configuration of {source!r} (revision {revision or 'main'}): {_first_line(error)}. Check the name, "
+            "HF_ENDPOINT and HF_TOKEN"
+        ) from error
+
+
+def _vocabulary(context: CheckContext) -> int:
+    """Rows of the embedding of a model from scratch: the tokenizer's if there is one, else as many as it may get."""
+    try:
+        return len(context.tokenizer)
+    except Missing:
+        tokenizer = context.recipe.model.tokenizer
+        return tokenizer.vocab_size if tokenizer else 0
+
+
+def build_on_meta(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with shapes and no weights, in the recipe's dtype, all parameters trainable.
+
+    Attention is transformers' choice, not the recipe's: flash-attn need not be installed where a recipe is checked.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name = recipe.effective("dtype")
+    dtype: Any = None if name in (None, "auto") else getattr(torch, str(name))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise MetaModelError(
+            f"transformers builds no causal language model from this {config.model_type} configuration: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    """The model as it would be trained: with its adapters, everything else frozen, when ``use_peft`` is set.
+
+    Raises:
+        MetaModelError: peft refuses, for example because no module matches.
+    """
+    if not recipe.effective("use_peft"):
+        return model
+    import torch
+    from peft import get_peft_model
+    from trl import ModelConfig, get_peft_config
+
+    config = get_peft_config(ModelConfig(**recipe.trl_group("ModelConfig")))
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise MetaModelError(f"peft refuses these adapters: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

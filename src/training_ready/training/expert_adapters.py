@@ -1,0 +1,58 @@
+"""Adapters on the experts in a run: added as the recipe says, kept in the checkpoint's one adapter folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, set_peft_model_state_dict
+
+from training_ready.moe.adapter_files import fill_expert_adapters, save_expert_adapters
+from training_ready.moe.experts_lora import add_expert_adapters
+from training_ready.recipe.sections import ExpertAdaptersSection
+from training_ready.training.checkpoints import ResumeError
+
+
+def adapt_experts(model: Any, chosen: ExpertAdaptersSection) -> str:
+    """Add the adapters; without PEFT adapters on other layers everything else is frozen. Returns a line that says so.
+
+    Raises MoEError for experts that cannot be adapted.
+    """
+    if not isinstance(model, PeftModel):
+        model.requires_grad_(False)
+        model.enable_input_require_grads()  # re-entrant checkpointing needs an input with a gradient
+    added = add_expert_adapters(
+        model,
+        rank=chosen.rank,
+        alpha=chosen.alpha,
+        dropout=chosen.dropout,
+        projections=chosen.projections,
+    )
+    size = sum(parameter.numel() for adapter in added for parameter in adapter.parameters())
+    return (
+        f"experts: rank {chosen.rank} on {', '.join(chosen.projections)} of every expert, {len(added)} adapter stacks, "
+        f"{size} parameters"
+    )
+
+
+def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
+    """Add the experts' adapters to the adapter that PEFT has written to ``folder``, if it has; a collective call."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    save_expert_adapters(model, folder, base_model=inner.config._name_or_path, write=write)
+
+
+def read_adapters(model: Any, folder: Path) -> None:
+    """Restore every adapter of a checkpoint.
+
+    Raises ResumeError or MoEError when the checkpoint and the model differ.
+    """
+    others = fill_expert_adapters(model, folder)
+    strange = list(others)
+    if isinstance(model, PeftModel):
+        result = set_peft_model_state_dict(model, others)
+        lacking = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+        strange = [*result.unexpected_keys, *lacking]
+    if strange:
+        raise ResumeError(
+            f"{folder}: its adapter does not fit this model: {', '.join(sorted(strange)[:3])} …"
+        )

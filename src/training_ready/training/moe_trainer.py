@@ -1,0 +1,201 @@
+"""The stream trainer for mixtures of experts.
+
+What it changes, and why:
+
+* the routers' loss is ours: TRL takes the one inside the model, which pools layers, knows only a micro-batch, and
+  does not exist or fails for some families;
+* experts are watched, and adapted at low rank beside PEFT's adapters;
+* a checkpoint holds the experts' adapters and the balance window too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from training_ready import TrainingReadyError
+from training_ready.moe.routing import Routing, route_in_float32
+from training_ready.recipe.sections import MoeSection
+from training_ready.training.expert_adapters import adapt_experts, read_adapters, write_adapters
+from training_ready.training.expert_load import ExpertLoadLog
+from training_ready.training.moe_losses import RouterLosses, plan_balance
+from training_ready.training.trainer import StreamSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class MoETrainer(StreamSFTTrainer):
+    """:class:`StreamSFTTrainer` with the recipe's ``moe:`` section."""
+
+    expert_load: ExpertLoadLog | None = None
+    router_losses: RouterLosses | None = None
+
+    def __init__(self, *, model: Any, args: SFTConfig, moe: MoeSection, **kwargs: Any) -> None:
+        coefficient, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
+        text = model.config.get_text_config()
+        own = getattr(text, "router_aux_loss_coef", None)
+        super().__init__(model=model, args=args, **kwargs)
+        if own is not None:
+            text.router_aux_loss_coef = own  # TRL has set it to 0.0; it belongs to the model
+        self._moe = moe
+        self._adapters = moe.adapters is not None
+        if moe.adapters is not None:
+            self._refuse_where_adapters_are_unproven()
+            logger.info(adapt_experts(self.model, moe.adapters))
+        if moe.fp32_router:
+            route_in_float32(self.model)
+        if moe.watch:
+            self.expert_load = ExpertLoadLog(self.model, moe)
+        self._balance_experts(moe, coefficient)
+        self._last_logged = 0
+
+    def _balance_experts(self, moe: MoeSection, router_aux_loss_coef: float | None) -> None:
+        adapters = self._adapters or isinstance(self.model, PeftModel)
+        plan = plan_balance(self.model, moe, router_aux_loss_coef, adapters=adapters)
+        logger.info(f"balance: {plan.reason}")
+        if not (plan.needs_gradient or plan.bias_rate):
+            return
+        if self.padding_free and self.args.pad_to_multiple_of:
+            raise TrainingReadyError(
+                "pad_to_multiple_of pads packs with tokens that no mask marks, so they would count as routed tokens: "
+                "leave it out, or set packing: false"
+            )
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.args.gradient_checkpointing and reentrant and plan.needs_gradient:
+            raise TrainingReadyError(
+                "re-entrant activation checkpointing takes the gradient from the routers' losses while their value is "
+                "still logged. Set moe.balance_coefficient: 0, or use_reentrant: false (TRL forces re-entrance for "
+                "LoRA under ZeRO-3: choose ZeRO-2 or FSDP2 there)."
+            )
+        self.router_losses = RouterLosses(
+            self.model, plan, micro_batches=self.args.gradient_accumulation_steps
+        )
+        if plan.bias_rate:
+            self.add_callback(_BiasStep(self.router_losses))
+
+    def _refuse_where_adapters_are_unproven(self) -> None:
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3):
+            raise TrainingReadyError(
+                "moe.adapters cannot be saved under accelerate's FSDP or ZeRO-3 yet: use DDP or ZeRO-2, or shard with "
+                "model_init_kwargs.distributed_config"
+            )
+
+    # ------------------------------------------------------------------ losses
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.router_losses is not None and samples:
+            tokens = sum(_real_tokens(sample) for sample in samples)
+            exact = self.router_losses.plan.exact and len(samples) > 1
+            counts = self._routed_without_gradient(samples, self.router_losses) if exact else None
+            self.router_losses.begin_step(torch.as_tensor(tokens, device=device), counts)
+        return samples, items
+
+    def _routed_without_gradient(self, samples: list[dict[str, Any]], losses: RouterLosses) -> Tensor:
+        """Pairs per expert (L, E) of this rank's step, with the random numbers that the step itself will draw."""
+        counts: list[Tensor] = []
+        self.model_wrapped.train()
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.compute_loss_context_manager())
+            if self.expert_load is not None:
+                stack.enter_context(self.expert_load.monitor.paused())
+            for sample in samples:
+                inputs = self._prepare_inputs({k: v for k, v in sample.items() if k != "labels"})
+                with losses.recording() as routing:
+                    self.model_wrapped(**inputs, use_cache=False, logits_to_keep=1)
+                counts.append(losses.counts(routing, inputs.get("attention_mask")))
+        return torch.stack(counts).sum(dim=0)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        mask = inputs.get("attention_mask")
+        with self._routed_tokens(mask) as routing:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if routing is None or self.router_losses is None:
+            return result
+        extra = self.router_losses.loss(routing, mask)
+        if extra is None:
+            return result
+        # As in TRL: the language loss is divided by the tokens of the whole step, a mean has to be divided here.
+        extra = extra / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    @contextmanager
+    def _routed_tokens(self, mask: Tensor | None) -> Iterator[Routing | None]:
+        """Watch the forwards inside, and record them where a router loss needs it."""
+        with ExitStack() as stack:
+            if self.expert_load is not None:
+                stack.enter_context(self.expert_load.monitor.tokens(mask))
+            losses = self.router_losses if self.model.training else None
+            yield stack.enter_context(losses.recording()) if losses else None
+
+    # --------------------------------------------------------------------- logs
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step = self.state.global_step
+        if "loss" in logs:
+            if self.router_losses is not None:
+                logs.update(self.router_losses.metrics())
+            if self.expert_load is not None:
+                steps = step - max(self._last_logged, self._first_step)
+                logs.update(self.expert_load.since_last_log(step, steps))
+                self._last_logged = step
+        elif "eval_loss" in logs and self.expert_load is not None:
+            picture = Path(self.args.output_dir) / "expert_load" / f"step-{step:06d}.png"
+            title = f"Expert load, evaluation after step {step}"
+            logs.update(self.expert_load.evaluation(picture if self.is_world_process_zero() else None, title))
+        super().log(logs, start_time)
+
+    # -------------------------------------------------------------- checkpoints
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self._adapters and not isinstance(self.model, PeftModel):
+            if self.args.should_save:  # the frozen model is not a part of the checkpoint
+                folder.mkdir(parents=True, exist_ok=True)
+                self.processing_class.save_pretrained(folder)
+        else:
+            super().save_model(output_dir, _internal_call)
+        if self._adapters:
+            write_adapters(self.model, folder, write=self.args.should_save)
+        if self.router_losses is not None and self.args.should_save:
+            self.router_losses.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._adapters:
+            read_adapters(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.router_losses is not None:
+            self.router_losses.load(Path(checkpoint))
+
+
+class _BiasStep(TrainerCallback):
+    """Moves the choice biases when the optimizer has moved the weights."""
+
+    def __init__(self, losses: RouterLosses) -> None:
+        self._losses = losses
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._losses.step_biases()
+
+
+def _real_tokens(sample: dict[str, Any]) -> Tensor:
+    mask = sample.get("attention_mask")
+    return torch.tensor(sample["input_ids"].numel()) if mask is None else mask.sum()
