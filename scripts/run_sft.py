@@ -6,7 +6,8 @@ accelerate launch --config_file accelerate_configs/cpu.yaml scripts/run_sft.py r
 
 import sys
 
+from training_ready.check.start import check_before_start
 from training_ready.training.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], check=check_before_start))

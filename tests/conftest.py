@@ -10,6 +10,10 @@ import pytest
 from training_ready.storage.embedded import EmbeddedStore
 from training_ready.storage.objects import ObjectStore
 
+from .faulty_network import moto_store, moto_url, proxied, proxy
+
+__all__ = ["moto_store", "moto_url", "proxied", "proxy"]
+
 
 @pytest.fixture(scope="session")
 def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:

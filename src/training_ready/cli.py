@@ -10,12 +10,16 @@ import sys
 import typer
 
 from training_ready import TrainingReadyError, __version__
+from training_ready.check import commands as check
 from training_ready.corpus import commands as corpus
+from training_ready.moe import commands as moe
 from training_ready.platforms import commands as platforms
 from training_ready.recipe import commands as recipe
 from training_ready.release import commands as release
+from training_ready.release.targets import commands as targets
 from training_ready.serving import commands as serving
 from training_ready.storage import commands as storage
+from training_ready.stream import commands as stream
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,9 +50,18 @@ _data = _group("data", "What do we train on? Upload sources, build corpora, prov
 _data.command("verify")(storage.data_verify)
 _data.command("upload")(storage.data_upload)
 _data.command("build")(corpus.data_build)
+_data.command("peek", context_settings=stream.TAKES_OVERRIDES)(stream.data_peek)
+_data.command("stats", context_settings=stream.TAKES_OVERRIDES)(stream.data_stats)
+_data.command("simulate", context_settings=stream.TAKES_OVERRIDES)(stream.data_simulate)
+
+_moe = _group("moe", "How does a dense model become domain experts? Upcycle, export.")
+_moe.command("upcycle")(moe.moe_upcycle)
+_moe.command("export")(moe.moe_export)
 
 _release = _group("release", "Is it fit to leave? Export, card, verified push.")
 _release.command("build")(release.release_build)
+_release.command("export")(targets.release_export)
+_release.command("verify")(targets.release_verify)
 _release.command("publish")(release.release_publish)
 
 _hub = _group("hub", "A Hugging Face Hub on this machine.")
@@ -58,6 +71,7 @@ _hub.command("check")(release.hub_check)
 _launch = _group("launch", "Which machine runs it? Job specs of platforms.")
 _launch.command("ovh")(platforms.launch_ovh)
 
+app.command("check", context_settings=recipe.TAKES_OVERRIDES)(check.check)
 app.command("serve")(serving.serve)
 app.command("ask")(serving.ask)
 

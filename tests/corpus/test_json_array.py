@@ -22,7 +22,7 @@ LAYOUT = st.sampled_from([None, 0, 2, 20])
 
 
 def read(data: bytes, key: str = "conversations", **window: int) -> list[tuple[int, object]]:
-    return list(read_json_array(io.BytesIO(data), key, **window))
+    return [(item.offset, item.value) for item in read_json_array(io.BytesIO(data), key, **window)]
 
 
 @given(
@@ -54,6 +54,27 @@ def test_array_under_a_key_equals_json_loads(
     whole = {**around, "conversations": items, "tail": around}
     data = json.dumps(whole).encode()
     assert [value for _, value in read(data, chunk_bytes=chunk)] == items
+
+
+@given(
+    items=st.lists(VALUES, min_size=1, max_size=5),
+    around=st.none() | st.dictionaries(st.text(max_size=5), VALUES, max_size=2),
+    chunk=st.integers(1, 40),
+)
+def test_it_goes_on_behind_any_item(
+    items: list[object], around: dict[str, object] | None, chunk: int
+) -> None:
+    whole = items if around is None else {**around, "conversations": items, "tail": around}
+    data = json.dumps(whole, ensure_ascii=False).encode()
+    for number, item in enumerate(read_json_array(io.BytesIO(data), "conversations")):
+        stream = io.BytesIO(data)
+        stream.seek(item.end)
+        rest = list(
+            read_json_array(stream, "conversations", after=(item.end, item.nested), chunk_bytes=chunk)
+        )
+        assert [one.value for one in rest] == items[number + 1 :]
+        for one in rest:
+            assert json.JSONDecoder().raw_decode(data[one.offset :].decode())[0] == one.value
 
 
 def test_numbers_cut_by_the_window_are_whole() -> None:

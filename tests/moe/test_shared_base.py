@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 
 from training_ready.moe.families import MoEError, routed_layers
 from training_ready.moe.monitor import ExpertLoadMonitor
+from training_ready.moe.parameters import describe_experts
 from training_ready.moe.shared_base import (
     build_shared_base,
     set_router_rows,
@@ -138,8 +139,12 @@ def test_only_adapters_and_routers_train(token_ids):
         optimiser.step()
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.05
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {name for name in before if ".experts.adapters." in name or name.endswith(".gate.weight")}
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {
+        name for name in before if ".experts.adapters." in name or name.endswith(".gate.weight")
+    }
 
 
 def test_no_adapted_weight_is_kept_for_backward(token_ids):
@@ -192,11 +197,13 @@ def test_saved_and_loaded(token_ids, tmp_path):
     again = load_shared_base(dense_model(), tmp_path)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 150_000
-    with pytest.raises(MoEError, match=r"layers\.0\.gate_proj\.B has shape \(4, 56, 4\), .* needs \(4, 60, 4\)"):
+    with pytest.raises(
+        MoEError, match=r"layers\.0\.gate_proj\.B has shape \(4, 56, 4\), .* needs \(4, 60, 4\)"
+    ):
         load_shared_base(dense_model(intermediate_size=60), tmp_path)
-    with pytest.raises(MoEError, match="no tensor layers.2.router"):
+    with pytest.raises(MoEError, match=r"no tensor layers\.2\.router"):
         load_shared_base(dense_model(num_hidden_layers=3), tmp_path)
-    with pytest.raises(MoEError, match="shared_base.json"):
+    with pytest.raises(MoEError, match=r"shared_base\.json"):
         load_shared_base(dense_model(), tmp_path / "nowhere")
 
 
@@ -226,6 +233,14 @@ def test_a_bf16_export_rounds_each_weight_once(tmp_path):
     stored = plain.model.layers[0].mlp.experts.down_proj[3]
     assert stored.dtype == torch.bfloat16
     assert (stored == exact.float().bfloat16()).float().mean() > 0.999
+
+
+def test_the_shared_feed_forward_counts_as_used_by_every_token():
+    report = describe_experts(shared_model())
+    adapters = 2 * 4 * 4 * 3 * (48 + 56)
+    assert report["shared_experts"].total == 2 * 3 * 48 * 56
+    assert (report["experts"].total, report["experts"].trainable) == (adapters, adapters)
+    assert report.active == report.total - adapters // 2
 
 
 def test_router_rows_are_set_layer_by_layer():

@@ -15,15 +15,24 @@ import pytest
 from training_ready.corpus.manifest import Shard
 from training_ready.corpus.shards import SHARD_SCHEMA
 from training_ready.storage.objects import ObjectStore
+from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.groups import PackReader
+from training_ready.stream.index import TokenIndex
+from training_ready.stream.lengths import LengthPolicy
 from training_ready.stream.render import ChatRenderer
-from training_ready.stream.tokens import LengthPolicy, TokenCache, TokenShard
+from training_ready.stream.tokens import TokenCache
 from training_ready.training.tokenizer import train_tokenizer
 
 WORDS = ["night", "house", "work", "brother", "silence", "river", "letter", "breath", "morning", "door"]
 
 
 def numbered_conversation(
-    number: int, *, stage: str = "stage1_foundation", role: str = "assistant"
+    number: int,
+    *,
+    stage: str = "stage1_foundation",
+    role: str = "assistant",
+    source: str = "numbers",
+    metadata: str = "{}",
 ) -> dict[str, Any]:
     """A conversation whose first words say which row it is."""
     words = random.Random(number).choices(WORDS, k=3 + number * 7 % 40)
@@ -33,11 +42,11 @@ def numbered_conversation(
             {"role": "user", "content": f"row {number} :"},
             {"role": "assistant", "content": " ".join(words)},
         ],
-        "source_family": "numbers",
+        "source_family": source,
         "stage": stage,
         "target_role": role,
         "domain": None,
-        "metadata": "{}",
+        "metadata": metadata,
     }
 
 
@@ -71,16 +80,27 @@ def make_cache(store: ObjectStore, tokenizer: Any) -> Callable[..., TokenCache]:
     return make
 
 
+PREFIX = "final_dataset/numbers"
+
+
 @pytest.fixture
-def token_shards(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> list[TokenShard]:
+def numbers(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> TokenIndex:
     """Rows 0..99 in three shards of unequal length."""
     borders = [(0, 57), (57, 60), (60, 100)]
     shards = [
-        put_shard(
-            store,
-            f"final_dataset/numbers/train/shard-{i}.parquet",
-            [numbered_conversation(n) for n in range(*b)],
-        )
+        put_shard(store, f"{PREFIX}/train/shard-{i}.parquet", [numbered_conversation(n) for n in range(*b)])
         for i, b in enumerate(borders)
     ]
     return make_cache().ensure(shards)
+
+
+@pytest.fixture
+def read_packs(store: ObjectStore, numbers: TokenIndex) -> Callable[..., PackReader]:
+    """Packs of the numbered rows, in the bucket."""
+    tokens = TokenSet(name="numbers", store=store, prefix=f"{PREFIX}/tokens", index=numbers)
+
+    def read(**changes: Any) -> PackReader:
+        order = Order(**{"max_length": 128, "seed": 3, "blocks_per_group": 2, **changes})
+        return pack_reader({"data": Part(tokens=tokens)}, order)
+
+    return read

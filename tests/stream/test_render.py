@@ -126,3 +126,61 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer: Any) -> None:
 def test_nothing_to_learn_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(RenderError, match="nothing would be learned"):
         ChatRenderer(tokenizer, "assistant").render([{"role": "user", "content": "Hello?"}])
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_a_templates_own_marks_must_agree(tokenizer: Any) -> None:
+    good = with_template(tokenizer, MARKED)
+    assert learned_texts(ChatRenderer(good, "assistant"), good, CONVERSATION) == [
+        m["content"] + "<|im_end|>" for m in CONVERSATION if m["role"] == "assistant"
+    ]
+    ChatRenderer(with_template(tokenizer, MARKED.replace("'assistant' %}{%", "'user' %}{%")), "user").render(
+        CONVERSATION
+    )  # marks are the therapist's: they say nothing about a simulated client
+    for wrong in (MARKED.replace("== 'assistant'", "!= 'system'"), MARKED.replace("'assistant'", "'nobody'")):
+        with pytest.raises(RenderError, match="marks and its own text disagree"):
+            ChatRenderer(with_template(tokenizer, wrong), "assistant").render(CONVERSATION)
+
+
+TRIMS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.strip() + '<|im_end|>\n' }}{% endfor %}"
+
+
+@given(
+    st.lists(st.text(alphabet="ab <|>im_end\n\u00e9", max_size=12), min_size=2, max_size=6),
+    st.sampled_from(["own", LLAMA, TRIMS]),
+)
+@settings(max_examples=60, deadline=None)
+def test_frames_give_what_prefixes_give(tokenizer: Any, texts: list[str], template: str) -> None:
+    messages = [{"role": ["user", "assistant"][n % 2], "content": text} for n, text in enumerate(texts)]
+    other = tokenizer if template == "own" else with_template(tokenizer, template)
+    if template == LLAMA:
+        other.add_special_tokens({"bos_token": "<|begin|>"})
+        other.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
+    fast, slow = ChatRenderer(other, "assistant"), ChatRenderer(other, "assistant")
+    slow._framed_spans = lambda messages, text: None  # type: ignore[method-assign]
+    [one], [two] = fast.render_many([messages]), slow.render_many([messages])
+    if isinstance(one, RenderError) or isinstance(two, RenderError):
+        assert str(one) == str(two)
+        return
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+    assert one.learned.tolist() == two.learned.tolist()
+
+
+def test_one_bad_conversation_does_not_hide_the_others(tokenizer: Any) -> None:
+    good, bad = CONVERSATION, [{"role": "user", "content": "Hello?"}]
+    found = ChatRenderer(tokenizer, "assistant").render_many([good, bad, good])
+    assert [isinstance(one, RenderError) for one in found] == [False, True, False]

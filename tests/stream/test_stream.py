@@ -1,4 +1,4 @@
-"""The order of packs: every row once an epoch, equal on every number of ranks, resumed exactly at any position."""
+"""Packs from a real bucket: every row once an epoch, equal on every number of ranks, resumed exactly anywhere."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from datasets import IterableDataset
 
 from training_ready.storage.objects import ObjectStore
 from training_ready.stream.dataset import pack_stream
+from training_ready.stream.groups import PackReader
 from training_ready.stream.order import block_groups
-from training_ready.stream.plan import PackPlan
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokens import TokenCache, TokenShard
-
-from .conftest import numbered_conversation, put_shard
+from training_ready.stream.sight import StreamSight
 
 CAPACITY = 128
-
-
-def plan_of(shards: list[TokenShard], **changes: Any) -> PackPlan:
-    return PackPlan(shards, **{"max_length": CAPACITY, "seed": 3, "blocks_per_group": 2, **changes})
+ReadPacks = Callable[..., PackReader]
 
 
 def rows_in(packs: Iterable[dict[str, Any]], tokenizer: Any) -> list[int]:
@@ -36,17 +31,26 @@ def rows_in(packs: Iterable[dict[str, Any]], tokenizer: Any) -> list[int]:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_two_epochs_hold_every_row_exactly_twice(
-    token_shards: list[TokenShard], tokenizer: Any, packing: bool
+    read_packs: ReadPacks, tokenizer: Any, packing: bool
 ) -> None:
-    plan = plan_of(token_shards, packing=packing)
-    stream = iter(pack_stream(plan))
-    epochs = [rows_in(islice(stream, plan.packs_in_epoch(epoch)), tokenizer) for epoch in (0, 1)]
-    assert [sorted(rows) for rows in epochs] == [list(range(100))] * 2
-    assert epochs[0] != epochs[1] != sorted(epochs[1])
+    packs = read_packs(packing=packing, epochs=2, lanes=3)
+    rows = rows_in(pack_stream(packs, global_batch=9), tokenizer)
+    assert sorted(rows) == sorted([*range(100), *range(100)])
+    assert rows[:100] != sorted(rows[:100])
 
 
-def test_labels_positions_and_lengths_agree(token_shards: list[TokenShard]) -> None:
-    for pack in islice(pack_stream(plan_of(token_shards)), 20):
+def test_the_last_batch_is_filled_with_empty_packs(read_packs: ReadPacks) -> None:
+    packs = read_packs(epochs=1)
+    full = packs.plan.packs_per_pass
+    found = list(pack_stream(packs, global_batch=full - 1))
+    assert len(found) == 2 * (full - 1)
+    assert all((pack["labels"] == -100).all() for pack in found[full:])
+    assert [len(pack["input_ids"]) for pack in found[full:]] == [1] * (full - 2)
+    assert len(list(pack_stream(packs, global_batch=full - 1, fill_last_batch=False))) == full
+
+
+def test_labels_positions_and_lengths_agree(read_packs: ReadPacks) -> None:
+    for pack in islice(pack_stream(read_packs()), 20):
         assert sum(pack["seq_lengths"]) == len(pack["input_ids"]) == len(pack["labels"]) <= CAPACITY
         learned = pack["labels"] != -100
         assert learned.any()
@@ -54,65 +58,81 @@ def test_labels_positions_and_lengths_agree(token_shards: list[TokenShard]) -> N
 
 
 def test_another_seed_is_another_order_and_the_same_seed_the_same(
-    token_shards: list[TokenShard], tokenizer: Any
+    read_packs: ReadPacks, tokenizer: Any
 ) -> None:
-    orders = [rows_in(islice(pack_stream(plan_of(token_shards, seed=s)), 9), tokenizer) for s in (3, 3, 4)]
+    orders = [rows_in(islice(pack_stream(read_packs(seed=s)), 9), tokenizer) for s in (3, 3, 4)]
     assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(
-    token_shards: list[TokenShard], tokenizer: Any, world_size: int
+    read_packs: ReadPacks, tokenizer: Any, world_size: int
 ) -> None:
-    plan = plan_of(token_shards)
-    expected = rows_in(islice(pack_stream(plan), 24), tokenizer)
+    packs = read_packs(lanes=4)
+    expected = list(islice(pack_stream(packs, global_batch=12), 36))
     ranks = [
-        list(islice(pack_stream(plan, rank=r, world_size=world_size, micro_batch=2), 24 // world_size))
+        list(islice(pack_stream(packs, global_batch=12, rank=r, world_size=world_size), 36 // world_size))
         for r in range(world_size)
     ]
-    together = [
-        pack
-        for micro in range(24 // world_size // 2)
-        for rank in ranks
-        for pack in rank[2 * micro : 2 * micro + 2]
-    ]
-    assert rows_in(together, tokenizer) == expected
+    mine = 12 // world_size
+    for step in range(3):
+        together = [pack for rank in ranks for pack in rank[step * mine : (step + 1) * mine]]
+        assert rows_in(together, tokenizer) == rows_in(expected[step * 12 : (step + 1) * 12], tokenizer)
 
 
-@pytest.mark.parametrize("position", [0, 1, 7, 19, 20, 21, 55, 140])
+@pytest.mark.parametrize("position", [0, 1, 7, 19, 20, 21, 55, 140, 10_000_000])
 def test_a_stream_from_a_position_goes_on_exactly(
-    token_shards: list[TokenShard], tokenizer: Any, position: int
+    read_packs: ReadPacks, tokenizer: Any, position: int
 ) -> None:
-    plan = plan_of(token_shards)
-    expected = rows_in(islice(pack_stream(plan), position, position + 12), tokenizer)
-    assert rows_in(islice(pack_stream(plan, position=position), 12), tokenizer) == expected
+    stream = iter(pack_stream(read_packs(), position=position))
+    first = rows_in(islice(stream, 5), tokenizer)
+    rest = rows_in(islice(stream, 7), tokenizer)
+    assert rows_in(islice(pack_stream(read_packs(), position=position), 12), tokenizer) == first + rest
+    assert rows_in(islice(pack_stream(read_packs(), position=position + 5), 7), tokenizer) == rest
 
 
-def test_state_dict_resumes_and_is_small(token_shards: list[TokenShard], tokenizer: Any) -> None:
-    plan = plan_of(token_shards)
-    stream = pack_stream(plan)
+def test_state_dict_resumes_and_is_small(read_packs: ReadPacks, tokenizer: Any) -> None:
+    stream = pack_stream(read_packs(), global_batch=4)
     assert isinstance(stream, IterableDataset)
     iterator = iter(stream)
     list(islice(iterator, 11))
     state = stream.state_dict()
     expected = rows_in(islice(iterator, 10), tokenizer)
-    fresh = pack_stream(plan)
+    fresh = pack_stream(read_packs(), global_batch=4)
     fresh.load_state_dict(state)
     assert rows_in(islice(fresh, 10), tokenizer) == expected
     assert len(str(state)) < 400
 
 
-def test_the_state_of_another_stream_is_refused(token_shards: list[TokenShard]) -> None:
-    stream = pack_stream(plan_of(token_shards))
+def test_a_state_between_global_batches_serves_another_number_of_ranks(
+    read_packs: ReadPacks, tokenizer: Any
+) -> None:
+    packs = read_packs(lanes=2)
+    whole = rows_in(islice(pack_stream(packs, global_batch=4), 4, 8), tokenizer)
+    half = pack_stream(packs, global_batch=4, rank=0, world_size=2)
+    list(islice(iter(half), 2))
+    alone = pack_stream(packs, global_batch=4)
+    alone.load_state_dict(half.state_dict())
+    assert rows_in(islice(alone, 4), tokenizer) == whole
+
+    list(islice(iter(half), 1))
+    torn = pack_stream(packs, global_batch=4)
+    torn.load_state_dict(half.state_dict())
+    with pytest.raises(StreamError, match="only between global batches"):
+        next(iter(torn))
+
+
+def test_the_state_of_another_stream_is_refused(read_packs: ReadPacks) -> None:
+    stream = pack_stream(read_packs())
     next(iter(stream))
-    other = pack_stream(plan_of(token_shards, seed=9))
+    other = pack_stream(read_packs(seed=9))
     other.load_state_dict(stream.state_dict())
     with pytest.raises(StreamError, match="belongs to another stream"):
         next(iter(other))
 
 
-def test_a_second_split_is_refused(token_shards: list[TokenShard]) -> None:
-    stream = pack_stream(plan_of(token_shards))
+def test_a_second_split_is_refused(read_packs: ReadPacks) -> None:
+    stream = pack_stream(read_packs())
     assert stream.num_shards == 1
     with pytest.raises(StreamError, match="a second time"):
         next(iter(stream.shard(2, 0)))
@@ -120,38 +140,46 @@ def test_a_second_split_is_refused(token_shards: list[TokenShard]) -> None:
         next(iter(stream.shuffle(seed=1)))
 
 
-def test_datasets_own_verbs_work(token_shards: list[TokenShard]) -> None:
-    stream = pack_stream(plan_of(token_shards)).map(lambda pack: {"tokens": len(pack["input_ids"])}).take(3)
+def test_datasets_own_verbs_work(read_packs: ReadPacks) -> None:
+    stream = pack_stream(read_packs()).map(lambda pack: {"tokens": len(pack["input_ids"])}).take(3)
     assert [item["tokens"] for item in stream] == [len(p["input_ids"]) for p in stream]
 
 
-def test_counts_of_a_stretch_are_those_of_its_packs(token_shards: list[TokenShard], tokenizer: Any) -> None:
-    plan = plan_of(token_shards)
-    packs = list(islice(pack_stream(plan), 70))
-    counts = plan.count(70)
-    assert counts.packs == 70
-    assert counts.rows == len(rows_in(packs, tokenizer))
-    assert counts.tokens == sum(len(pack["input_ids"]) for pack in packs)
-    assert counts.learned_tokens == sum(int((pack["labels"] != -100).sum()) for pack in packs)
+def test_groups_stay_in_memory_while_a_lane_stands_in_them(read_packs: ReadPacks) -> None:
+    packs = read_packs(lanes=2, epochs=3)
+    for _ in pack_stream(packs, global_batch=2):
+        pass
+    # Two groups, of two blocks and of one; nothing is fetched again while a lane needs it.
+    assert sum(reader.blocks_read for reader in packs._readers) <= 3 * 3
 
 
-def test_only_the_wanted_stages(
-    store: ObjectStore, make_cache: Callable[..., TokenCache], tokenizer: Any
+def test_the_packs_of_a_plan_are_counted_once_and_remembered(
+    read_packs: ReadPacks, store: ObjectStore
 ) -> None:
-    rows = [
-        numbered_conversation(n, stage=["stage1_foundation", "stage4_voice_persona"][n % 2])
-        for n in range(30)
-    ]
-    shards = make_cache().ensure([put_shard(store, "final_dataset/numbers/train/s.parquet", rows)])
-    plan = plan_of(shards, stages=["stage4_voice_persona"])
-    seen = rows_in(islice(pack_stream(plan), plan.packs_in_epoch(0)), tokenizer)
-    assert sorted(seen) == list(range(1, 30, 2))
-    with pytest.raises(StreamError, match="no row to train on"):
-        plan_of(shards, stages=["stage3_edge_stress_test"])
+    first = read_packs().plan
+    [kept] = [info.key for info in store.list("final_dataset/numbers/tokens/packs-")]
+    assert read_packs().plan.fingerprint == first.fingerprint
+    store.put_bytes(kept, b"[1, 1]")
+    with pytest.raises(StreamError, match=r"a count in the bucket says 1\. Delete"):
+        list(islice(pack_stream(read_packs()), 3))
+
+
+def test_the_figures_of_a_log_are_those_of_its_packs(read_packs: ReadPacks) -> None:
+    packs = read_packs()
+    sight = StreamSight(packs, CAPACITY, 0)
+    seen = list(islice(pack_stream(packs), 12))
+    figures = sight.since_last_log(12)
+    tokens = sum(len(pack["input_ids"]) for pack in seen)
+    assert figures["stream/tokens/numbers"] == tokens
+    assert figures["stream/fill"] == round(tokens / (12 * CAPACITY), 4)
+    assert figures["stream/epochs/data"] == round(12 / packs.plan.packs_per_pass, 4)
+    assert figures["stream/fetched_mb"] == round(packs.bytes_read / 1e6, 3) > 0
+    assert 0 < figures["stream/wait_share"] <= 1
 
 
 def test_every_block_is_read_once_an_epoch() -> None:
-    for epoch in range(3):
-        groups = block_groups(11, 4, seed=5, epoch=epoch)
-        assert sorted(block for group in groups for block in group) == list(range(11))
-        assert [len(group) for group in groups] == [4, 4, 3]
+    import numpy as np
+
+    groups = block_groups(np.arange(11), 4, seed=5)
+    assert sorted(block for group in groups for block in group) == list(range(11))
+    assert [len(group) for group in groups] == [4, 4, 3]

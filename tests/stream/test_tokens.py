@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from training_ready.storage.objects import ObjectStore
+from training_ready.stream.blocks import BLOCK_ROWS, BlockReader
+from training_ready.stream.index import wanted_cells
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokens import BLOCK_ROWS, TokenCache
+from training_ready.stream.tokens import TokenCache
 
 from .conftest import numbered_conversation, put_shard
 
@@ -22,15 +24,31 @@ def test_rows_come_back_as_they_were_rendered(
 ) -> None:
     rows = [numbered_conversation(n) for n in range(BLOCK_ROWS + 5)]
     cache = make_cache()
-    [shard] = cache.ensure([put_shard(store, KEY, rows)])
-    assert shard.block_rows == [BLOCK_ROWS, 5]
-    read = shard.read_block(0) + shard.read_block(1)
+    index = cache.ensure([put_shard(store, KEY, rows)])
+    assert index.block_rows.tolist() == [BLOCK_ROWS, 5]
+    reader = BlockReader(store, index)
+    read = [reader.read(block).row(row) for block in (0, 1) for row in range(index.block_rows[block])]
     for row, conversation in zip(rows[::97], read[::97], strict=True):
         rendered = cache._renderer.render(row["messages"])
         assert conversation.input_ids.tolist() == rendered.input_ids.tolist()
         assert conversation.learned.tolist() == rendered.learned.tolist()
-    assert shard.counts.rows == len(rows)
-    assert shard.counts.tokens == sum(shard.lengths) == sum(len(row.input_ids) for row in read)
+    assert index.counts.rows == len(rows)
+    assert index.counts.tokens == index.lengths.sum() == sum(len(row.input_ids) for row in read)
+    assert index.learned.tolist() == [int(row.learned.sum()) for row in read]
+
+
+def test_rows_know_where_they_come_from(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> None:
+    marked = '{"components": ["voice_blending", "bias_detection"]}'
+    shards = [
+        put_shard(store, KEY, [numbered_conversation(1), numbered_conversation(2, source="other")]),
+        put_shard(store, f"{KEY}.b", [numbered_conversation(3, source="other", metadata=marked)]),
+    ]
+    index = make_cache().ensure(shards)
+    found = [index.cells[cell] for cell in index.cell_of_row]
+    assert [cell.source for cell in found] == ["numbers", "other", "other"]
+    assert found[2].components == ("bias_detection", "voice_blending")
+    assert [found[2]] == [index.cells[cell] for cell in wanted_cells(index, components=["voice_blending"])]
+    assert wanted_cells(index, sources=["other"], components=["journaling_system"]) == frozenset()
 
 
 def test_the_second_run_reads_tokens_and_writes_nothing(
@@ -42,7 +60,7 @@ def test_the_second_run_reads_tokens_and_writes_nothing(
     store.delete(KEY)  # a second run does not even need the text
     make_cache().ensure([shard])
     assert {info.key: info.etag for info in store.list("final_dataset/numbers/tokens/")} == first
-    assert len(first) == 1
+    assert len(first) == 2  # the tokens, and the index of their rows
 
 
 def test_another_length_policy_or_role_means_other_tokens(make_cache: Callable[..., TokenCache]) -> None:
@@ -57,18 +75,18 @@ def test_long_rows_are_counted_whatever_becomes_of_them(
     store: ObjectStore, make_cache: Callable[..., TokenCache]
 ) -> None:
     shard = put_shard(store, KEY, [numbered_conversation(n) for n in range(40)])
-    lengths = make_cache(max_length=4096).ensure([shard])[0].lengths
+    lengths = make_cache(max_length=4096).ensure([shard]).lengths
     limit = int(sorted(lengths)[20])
     over = [int(n) for n in lengths if n > limit]
     assert over
 
-    cut = make_cache(max_length=limit).ensure([shard])[0]
+    cut = make_cache(max_length=limit).ensure([shard])
     assert (cut.counts.truncated_rows, cut.counts.truncated_tokens) == (
         len(over),
         sum(over) - limit * len(over),
     )
     assert max(cut.lengths) == limit
-    dropped = make_cache(max_length=limit, overlong="drop").ensure([shard])[0].counts
+    dropped = make_cache(max_length=limit, overlong="drop").ensure([shard]).counts
     assert (dropped.dropped_rows, dropped.dropped_tokens) == (len(over), sum(over))
     assert dropped.rows + dropped.dropped_rows == 40
     with pytest.raises(StreamError, match=f"more than max_length {limit}"):
@@ -78,7 +96,7 @@ def test_long_rows_are_counted_whatever_becomes_of_them(
 def test_a_row_cut_before_its_first_learned_token_is_dropped_not_trained(
     store: ObjectStore, make_cache: Callable[..., TokenCache]
 ) -> None:
-    counts = make_cache(max_length=4).ensure([put_shard(store, KEY, [numbered_conversation(1)])])[0].counts
+    counts = make_cache(max_length=4).ensure([put_shard(store, KEY, [numbered_conversation(1)])]).counts
     assert (counts.rows, counts.dropped_rows) == (0, 1)
 
 
@@ -109,12 +127,14 @@ def test_ranks_share_the_work_and_wait_for_each_other(
 ) -> None:
     shards = [put_shard(store, f"{KEY}.{i}", [numbered_conversation(i)]) for i in range(3)]
     done: list[int] = []
-    with pytest.raises(StreamError, match="rank 0 of 2 waited"):
+    with pytest.raises(StreamError, match="waited 0 s for another rank"):
         make_cache().ensure(shards, rank=0, world_size=2, advance=done.append, patience_seconds=0)
     assert len(done) == 2  # shards 0 and 2 are rank 0's
-    ready = make_cache().ensure(shards, rank=1, world_size=2, advance=done.append)
-    assert [shard.counts.rows for shard in ready] == [1, 1, 1]
+    with pytest.raises(StreamError, match="index of the tokens"):  # which rank 0 writes
+        make_cache().ensure(shards, rank=1, world_size=2, advance=done.append, patience_seconds=0)
     assert len(done) == 3
+    assert make_cache().ensure(shards, rank=0, world_size=2).shard_blocks == (1, 1, 1)
+    assert make_cache().ensure(shards, rank=1, world_size=2).rows == 3
 
 
 def test_the_corpus_room_needs_no_torch() -> None:

@@ -21,6 +21,7 @@ CONVERSATIONS = REPOSITORY / "src/training_ready/corpus/quickstart"
 
 TINY = """
 data: {corpus: final_dataset/quickstart/manifest.json}
+stream: {max_truncated: 1.0}
 model:
   config: {model_type: mixtral, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
            num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2, max_position_embeddings: 512}

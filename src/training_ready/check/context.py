@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from training_ready.check.corpora import Corpus
     from training_ready.check.sample import Sample, TokenSample
-    from training_ready.corpus.manifest import Manifest
-    from training_ready.storage.objects import ObjectStore
+    from training_ready.check.steps import RunLength
     from training_ready.storage.settings import StorageSettings
     from training_ready.stream.render import ChatRenderer
 
@@ -38,6 +38,11 @@ class Missing(Exception):
         super().__init__(reason)
         self.reason, self.owner, self.key = reason, owner, key
 
+    @property
+    def blame(self) -> str:
+        """The reason as another probe gives it."""
+        return self.reason if self.owner is None else f"{self.owner} failed: {self.reason}"
+
 
 class Made(Generic[T]):
     """A property that is made once, and whose failure is remembered too: a hub that does not answer is asked once."""
@@ -51,7 +56,7 @@ class Made(Generic[T]):
 
     def __get__(self, context: CheckContext, kind: type) -> T:
         if context is None:
-            return self  # type: ignore[return-value, unreachable]  # the class itself is asked, as by help()
+            return self  # type: ignore[unreachable]  # the class itself is asked, as by help()
         if self._name not in context.made:
             context.made[self._name] = self._attempt(context)
         kept = context.made[self._name]
@@ -65,7 +70,8 @@ class Made(Generic[T]):
         except Missing as missing:
             return missing
         except TrainingReadyError as error:
-            return Missing(str(error), owner=self._owner, key=context.first_set(*self._keys))
+            key = getattr(error, "key", None) or context.first_set(*self._keys)
+            return Missing(str(error), owner=self._owner, key=key)
 
 
 def made_once(owner: str, *keys: str) -> Callable[[Callable[[CheckContext], T]], Made[T]]:
@@ -94,10 +100,16 @@ class CheckContext:
     # ------------------------------------------------------------------ the recipe
     def where(self, key: str) -> str:
         """``file:line`` of a dotted key, or of the nearest section above it; the recipe itself for a default."""
-        while key not in self.recipe.origins and "." in key:
+        while True:
+            inside = (
+                origin for name, origin in self.recipe.origins.items() if f"{name}.".startswith(f"{key}.")
+            )
+            written = [origin for origin in inside if origin.source != DEFAULT]
+            if written:
+                return str(min(written, key=lambda origin: (origin.source, origin.line or 0)))
+            if "." not in key:
+                return str(self.recipe.path)
             key = key.rpartition(".")[0]
-        origin = self.recipe.origins.get(key)
-        return str(self.recipe.path) if origin is None or origin.source == DEFAULT else str(origin)
 
     def first_set(self, *keys: str) -> str | None:
         """The first of several keys that the recipe sets; the first of all if it sets none."""
@@ -128,33 +140,28 @@ class CheckContext:
         settings.require_credentials()
         return settings
 
-    @made_once("bucket", "data.corpus")
-    def store(self) -> ObjectStore:
-        """The bucket that holds the corpus."""
-        from training_ready.storage.layout import locate
-        from training_ready.storage.objects import ObjectStore
+    @made_once("bucket", "stream.mixture", "data.corpus")
+    def corpora(self) -> dict[str, Corpus]:
+        """Every corpus that the recipe names, as it names them; ``data.corpus`` first."""
+        from training_ready.check.corpora import open_corpora
 
-        settings = self.settings
-        return ObjectStore(settings, locate(settings, self.recipe.data.corpus).bucket)
+        return open_corpora(self.settings, self.recipe)
 
-    @made_once("bucket", "data.corpus")
-    def manifest(self) -> Manifest:
-        """The manifest of ``data.corpus``."""
-        from training_ready.corpus.manifest import Manifest
-        from training_ready.storage.layout import locate
+    @property
+    def corpus(self) -> Corpus:
+        """``data.corpus``."""
+        return self.corpora[self.recipe.data.corpus]
 
-        store = self.store
-        return Manifest.load(store, locate(self.settings, self.recipe.data.corpus).key)
-
-    @made_once("data", "data.train_split", "data.corpus")
+    @made_once("data", "stream.mixture", "data.train_split", "data.corpus")
     def sample(self) -> Sample:
-        """The first records of each source of the train split."""
+        """The first records of each source of every split that is trained on."""
+        from training_ready.check.corpora import trained_splits
         from training_ready.check.sample import read_sample
 
-        return read_sample(self.store, self.manifest, self.recipe.data.train_split, self.sample_records)
+        return read_sample(self.corpora, trained_splits(self.recipe), self.sample_records)
 
     # ------------------------------------------------------------------ the tokens
-    @made_once("template", "model_name_or_path", "model.tokenizer")
+    @made_once("template", "pad_token", "model_name_or_path", "model.tokenizer")
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; for a model from scratch the run's own, or one learned from the sample."""
         from training_ready.check.tokenizer import tokenizer_of
@@ -174,6 +181,13 @@ class CheckContext:
         from training_ready.check.sample import tokenise_sample
 
         return tokenise_sample(self.sample, self.renderer, self.recipe.effective("max_length"))
+
+    @made_once("schedule", "max_steps", "num_train_epochs")
+    def length(self) -> RunLength:
+        """Steps, packs and tokens of the run."""
+        from training_ready.check.steps import run_length
+
+        return run_length(self)
 
     # ------------------------------------------------------------------ the model
     @made_once("parameters", "model_name_or_path", "model.config")

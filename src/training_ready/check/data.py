@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from training_ready.check.context import CheckContext, Missing
+from training_ready.check.corpora import mixture_parts, origin_of
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.check.sample import Sample
 
@@ -30,36 +31,45 @@ def probe_data(context: CheckContext) -> list[Finding]:
     try:
         return [*findings, *_truncation(context)]
     except Missing as missing:
-        return [*findings, not_run(f"truncation cannot be counted: {missing.reason}", key="max_length")]
+        return [*findings, not_run(f"truncation cannot be counted: {missing.blame}", key="max_length")]
 
 
 def _splits(context: CheckContext) -> Iterator[Finding]:
-    manifest, data = context.manifest, context.recipe.data
-    if data.eval_split and not manifest.shards_of(data.eval_split):
+    manifest, recipe = context.corpus.manifest, context.recipe
+    split = recipe.data.eval_split
+    if split and not manifest.shards_of(split):
         yield failed(
-            f"the corpus {manifest.name!r} has no split {data.eval_split!r}",
+            f"the corpus {manifest.name!r} has no split {split!r}",
             key="data.eval_split",
             fix=f"name one of {sorted(manifest.splits)}",
         )
-    for stage in data.stages or []:
-        if not manifest.stages.get(stage):
-            yield failed(
-                f"no record of the corpus is of the stage {stage}; it has {dict(manifest.stages)}",
-                key="data.stages",
-                fix="leave the stage out, or build a corpus that has it",
-            )
+    for name, part in mixture_parts(recipe).items():
+        corpus = context.corpora[origin_of(part, recipe)[0]].manifest
+        key = "data.stages" if recipe.stream.mixture is None else f"stream.mixture.{name}"
+        stages = [str(stage) for stage, count in corpus.stages.items() if count]
+        families = [source.family for source in corpus.sources if source.kept]
+        for what, wanted, there in (("stage", part.stages, stages), ("source", part.sources, families)):
+            absent = sorted(set(wanted or ()) - set(there))
+            if absent:
+                yield failed(
+                    f"no record of the corpus is of the {what} {', '.join(absent)}; it has {', '.join(there)}",
+                    key=key,
+                    fix="leave it out, or build a corpus that has it",
+                )
 
 
 def _roles(context: CheckContext) -> Iterator[Finding]:
-    wanted, counts = context.recipe.data.target_role, context.manifest.target_roles
-    others = {role: count for role, count in counts.items() if role != wanted and count}
-    if others:
-        said = ", ".join(f"{count:,} whose target is {role!r}" for role, count in others.items())
-        yield failed(
-            f"data.target_role is {wanted!r}, and the corpus holds {said}",
-            key="data.target_role",
-            fix="a therapist and a simulated client are different datasets: build one corpus for each",
-        )
+    wanted = context.recipe.data.target_role
+    for corpus in context.corpora.values():
+        counts = corpus.manifest.target_roles
+        others = {role: count for role, count in counts.items() if role != wanted and count}
+        if others:
+            said = ", ".join(f"{count:,} whose target is {role!r}" for role, count in others.items())
+            yield failed(
+                f"data.target_role is {wanted!r}, and {corpus.manifest.uri} holds {said}",
+                key="data.target_role",
+                fix="a therapist and a simulated client are different datasets: build one corpus for each",
+            )
 
 
 def _invalid(context: CheckContext, sample: Sample) -> Iterator[Finding]:
@@ -78,7 +88,6 @@ def _invalid(context: CheckContext, sample: Sample) -> Iterator[Finding]:
         yield failed(
             f"{len(hashes)} of {sample} are invalid ({reason}); the first is {hashes[0]}",
             key="data.corpus",
-            where=context.manifest.uri,
             fix="build the corpus again with `training-ready data build`",
         )
 
@@ -120,6 +129,10 @@ def _truncation(context: CheckContext) -> list[Finding]:
     lengths = tokens.lengths
     over = lengths > tokens.max_length
     lost = lengths - tokens.max_length if recipe.stream.overlong == "truncate" else lengths
+    if recipe.stream.overlong == "split_turns":
+        return [
+            passed(f"{int(over.sum()):,} of {len(lengths):,} rows are split between turns, nothing is cut")
+        ]
     rows, cut = float(over.mean()), float(lost[over].sum() / lengths.sum())
     longest, limit = int(lengths.max()), recipe.stream.max_truncated
     text = (
@@ -127,7 +140,7 @@ def _truncation(context: CheckContext) -> list[Finding]:
         f"beyond max_length {tokens.max_length}; the longest row has {longest}, half have at most "
         f"{int(np.median(lengths))}"
     )
-    measured = {"rows": rows, "tokens": cut, "longest": longest, "limit": limit}
+    measured: dict[str, Any] = {"rows": rows, "tokens": cut, "longest": longest, "limit": limit}
     if recipe.stream.overlong == "error" and over.any():
         return [
             failed(f"{text}; stream.overlong: error stops the run there", key="stream.overlong", **measured)
@@ -138,7 +151,7 @@ def _truncation(context: CheckContext) -> list[Finding]:
             failed(
                 f"{text}; the limit is {limit:.1%} (stream.max_truncated)",
                 key="max_length",
-                fix=f"max_length {_rounded(fits)} keeps {1 - limit:.0%} of the rows whole; or raise stream.max_truncated",
+                fix=f"max_length {_rounded(fits)} leaves {1 - limit:.0%} of the rows whole; or raise the limit",
                 **measured,
             )
         ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from trl.kernels import chunked_logprob
@@ -83,12 +84,12 @@ def _sdpa(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """torch's choice on CUDA: flash without a mask; with one the memory-efficient kernel, heads repeated and the mask in
-    the type of the query; and no fused kernel at all for grouped heads in fp32."""
+    """torch's choice on CUDA: flash without a mask; with one the memory-efficient kernel, heads repeated and the mask
+    in the type of the query; and no fused kernel at all for grouped heads in fp32."""
     half = query.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
     groups = getattr(module, "num_key_value_groups", 1)
     if attention_mask is None and half:
-        return _flash(module, *(_half(one) for one in (query, key, value)), None)
+        return _flash(module, _half(query), _half(key), _half(value), None)
     if attention_mask is None and groups > 1:
         with sdpa_kernel(SDPBackend.MATH):
             out = F.scaled_dot_product_attention(
@@ -106,29 +107,81 @@ def _half(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
 
-AttentionInterface.register("traced_flash", _flash)
-AttentionMaskInterface.register("traced_flash", flash_attention_mask)
+AttentionInterface.register("traced_fused", _flash)
+AttentionMaskInterface.register("traced_fused", flash_attention_mask)
 AttentionInterface.register("traced_sdpa", _sdpa)
 AttentionMaskInterface.register("traced_sdpa", sdpa_mask)
-ATTENTION_ON_GPU = {
-    "sdpa": "traced_sdpa",
-    "flash_attention_2": "traced_flash",
-    "flash_attention_3": "traced_flash",
-}
-"""Attention of a recipe -> the stand-in; ``eager`` is traced as it is, ``flex_attention`` compiles and is not traced."""
+
+
+def attention_on_gpu(name: str) -> str:
+    """The stand-in for a recipe's attention; ``eager`` is traced as it is."""
+    if "flash" in name:
+        return "traced_fused"
+    return "traced_sdpa" if name == "sdpa" else name
+
+
+# --------------------------------------------------------------------------- grouped products
+@torch.library.custom_op("training_ready::grouped_product", mutates_args=())
+def grouped_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """(S, K), (E, K, N) -> (S, N). Shapes only."""
+    raise NotImplementedError("this operator has no arithmetic; it exists for fake tensors")
+
+
+@grouped_product.register_fake
+def _(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, weight = ctx.saved_tensors
+    to_rows, to_weight = ctx.needs_input_grad
+    return torch.empty_like(rows) if to_rows else None, torch.empty_like(weight) if to_weight else None
+
+
+grouped_product.register_autograd(
+    _product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+@contextmanager
+def fake_grouped_products() -> Iterator[None]:
+    """Inside, experts in fp32 can be traced. torch 2.13 computes their grouped products on every device, yet refuses
+    the shapes of anything but bf16 (``Expected inputs of BF16 type``, in ``_meta_grouped_mm_common``); remove when it
+    does not."""
+    original = moe._grouped_mm
+
+    def product(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        if weight.dtype == torch.bfloat16:
+            bf16: Tensor = original(input, weight, offs)
+            return bf16
+        out: Tensor = grouped_product(input.to(weight.dtype), weight)
+        return out
+
+    with _replaced(moe, _grouped_mm=product):
+        yield
 
 
 # --------------------------------------------------------------------------- the loss
 @contextmanager
-def triton_loss() -> Iterator[None]:
-    """Inside, TRL's chunked loss holds what it holds on a GPU: one tile of logits, which Triton folds in place, and fp32
-    sums that cuBLAS adds to. On CPU trl 1.16 folds with torch operators that make fp32 copies of every tile."""
-    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")
-    kept = {name: getattr(chunked_logprob, name) for name in names}
+def gpu_kernels() -> Iterator[None]:
+    """Inside, TRL's chunked loss holds what it holds on a GPU: one tile of logits, which Triton folds in place, and
+    fp32 sums that cuBLAS adds to. On CPU trl 1.16 folds with torch operators that make fp32 copies of every tile."""
+
+    def in_place(*_: Any, **__: Any) -> None:
+        return None
+
+    tiles = dict.fromkeys(("_forward_tile", "_backward_tile", "_addmm_fp32"), in_place)
+    with fake_grouped_products(), _replaced(chunked_logprob, **tiles):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, **functions: Any) -> Iterator[None]:
+    kept = {name: getattr(module, name) for name in functions}
     try:
-        for name in names:
-            setattr(chunked_logprob, name, lambda *_, **__: None)
+        for name, function in functions.items():
+            setattr(module, name, function)
         yield
     finally:
         for name, function in kept.items():
-            setattr(chunked_logprob, name, function)
+            setattr(module, name, function)

@@ -1,26 +1,37 @@
-"""Which step is traced? The model, its inputs, its loss and its optimizer, exactly as TRL's ``SFTTrainer`` sets them up.
+"""Which step is traced? The model, its inputs, its loss and its optimizer, as TRL's ``SFTTrainer`` sets them up.
 
-Nothing here knows recipes, and nothing here knows whether tensors are fake or real: the same step runs under either,
-which is how the estimate is held against a measurement.
+Nothing here knows recipes. ``tests/check/test_memory_trace.py`` holds the step against the trainer, run for real.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
-from training_ready.check.memory_kernels import ATTENTION_ON_GPU
+from training_ready import TrainingReadyError
+from training_ready.check.memory_kernels import attention_on_gpu
+from training_ready.moe.routing import route_in_float32
+from training_ready.recipe.sections import MoeSection
+from training_ready.training.expert_adapters import adapt_experts
+from training_ready.training.moe_losses import RouterLosses, plan_balance
 
 Checkpointing = Literal["off", "on", "selective"]
+
+
+class TraceError(TrainingReadyError):
+    """A step that cannot be traced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +45,8 @@ class StepSpec:
         accumulates: more than one micro-batch per step, so that gradients stay during a forward.
         adapters_in_fp32: PEFT's default; TRL turns it off for quantised models and under ZeRO-3.
         optimizer: a name of ``OPTIMIZERS``; None leaves the optimizer to arithmetic.
-        router_loss: the coefficient of the auxiliary loss of a mixture of experts; 0.0 turns it off.
+        moe: the recipe's section for a mixture of experts: adapters on experts, fp32 routers, the routers' losses.
+        router_coefficient: TRL's ``router_aux_loss_coef``, which the section's losses take over.
         device: ``gpu`` traces with the memory of CUDA kernels, ``cpu`` with those that run here.
     """
 
@@ -51,41 +63,79 @@ class StepSpec:
     adapters_in_fp32: bool = True
     accumulates: bool = False
     optimizer: str | None = "adamw_torch_fused"
-    router_loss: float = 0.0
+    moe: MoeSection | None = None
+    router_coefficient: float | None = None
     device: Literal["gpu", "cpu"] = "gpu"
 
 
-OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
-    "adamw_torch": lambda weights: torch.optim.AdamW(weights, foreach=True),  # what torch chooses on CUDA
-    "adamw_torch_fused": lambda weights: torch.optim.AdamW(weights, fused=True),
-    "sgd": lambda weights: torch.optim.SGD(weights, foreach=True),
+OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter], bool], torch.optim.Optimizer]] = {
+    "adamw_torch": lambda weights, gpu: torch.optim.AdamW(
+        weights, foreach=gpu
+    ),  # what torch chooses by itself
+    "adamw_torch_fused": lambda weights, gpu: torch.optim.AdamW(weights, fused=True),
+    "sgd": lambda weights, gpu: torch.optim.SGD(weights, foreach=gpu),
 }
 """Optimizers whose step runs on fake tensors; all others are computed (``memory_arithmetic.py``)."""
 
 
-def build_model(spec: StepSpec) -> nn.Module:
-    """The model in training mode with adapters, checkpointing and TRL's fused head, in the order of ``SFTTrainer``."""
-    attention = (
-        ATTENTION_ON_GPU.get(spec.attention, spec.attention) if spec.device == "gpu" else spec.attention
-    )
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, attn_implementation=attention)
-    base = model
-    if spec.lora is not None:
-        model = get_peft_model(base, spec.lora, autocast_adapter_dtype=spec.adapters_in_fp32)
+def build_on_meta(spec: StepSpec) -> Any:
+    """The model with its adapters, in shapes only."""
+    attention = attention_on_gpu(spec.attention) if spec.device == "gpu" else spec.attention
+    with unset_fake_temporarily(), torch.device("meta"), no_init_weights():
+        try:
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(spec.config), dtype=spec.dtype, attn_implementation=attention
+            )
+            if spec.lora is not None:
+                model = get_peft_model(
+                    model, deepcopy(spec.lora), autocast_adapter_dtype=spec.adapters_in_fp32
+                )
+        except (ValueError, TypeError, ImportError) as error:
+            raise TraceError(f"{spec.config.model_type} cannot be built as asked: {error}") from error
+        if spec.moe is not None and spec.moe.adapters is not None:
+            adapt_experts(model, spec.moe.adapters)
+    return model
+
+
+def build_model(spec: StepSpec) -> Any:
+    """The model in training mode with adapters, checkpointing and TRL's fused head, in the order of ``SFTTrainer``.
+
+    Its tensors are those of the current mode: under ``FakeTensorMode`` no weight exists.
+    """
+    model = build_on_meta(spec)
+    base = model.get_base_model() if spec.lora is not None else model
+    _leave_meta(model)
+    if spec.moe is not None and spec.moe.fp32_router:
+        route_in_float32(model)
     if spec.checkpointing != "off":
         if spec.lora is not None:
             model.enable_input_require_grads()
         if spec.checkpointing == "selective":
             enable_selective_activation_checkpointing(model)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": spec.reentrant})
+            model.gradient_checkpointing_enable()  # the method that TRL wraps
+        else:
+            model.activation_checkpointing_enable({"use_reentrant": spec.reentrant})
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     text = base.config.get_text_config()
     if hasattr(text, "output_router_logits"):
-        text.output_router_logits = spec.router_loss != 0.0
-        text.router_aux_loss_coef = spec.router_loss
+        text.output_router_logits = False  # the loss inside the model is replaced by ours
     model.train()
     return model
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Every tensor of the model, once each, as an empty one of the current mode: PEFT's conversions of weights and
+    ``Module.to`` work on the meta device and not on fake tensors."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in made:
+                    made[old] = torch.empty(old.shape, dtype=old.dtype)
+                    if isinstance(old, nn.Parameter):
+                        made[old] = nn.Parameter(made[old], requires_grad=old.requires_grad)
+                if old is not None:
+                    tensors[name] = made[old]  # type: ignore[assignment]
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -103,22 +153,40 @@ def make_batch(spec: StepSpec) -> dict[str, Tensor]:
     return {**batch, "attention_mask": torch.ones_like(ids)}
 
 
-def compute_loss(model: nn.Module, batch: dict[str, Tensor], spec: StepSpec) -> Tensor:
+def router_losses(model: nn.Module, spec: StepSpec) -> RouterLosses | None:
+    """The losses that :class:`training_ready.training.moe_trainer.MoETrainer` would add, if any."""
+    if spec.moe is None:
+        return None
+    adapters = spec.lora is not None or spec.moe.adapters is not None
+    plan = plan_balance(model, spec.moe, spec.router_coefficient, adapters=adapters)
+    if not (plan.needs_gradient or plan.bias_rate):
+        return None
+    return RouterLosses(model, plan, micro_batches=2 if spec.accumulates else 1)
+
+
+def compute_loss(
+    model: nn.Module, batch: dict[str, Tensor], spec: StepSpec, losses: RouterLosses | None
+) -> Tensor:
     """The loss as ``SFTTrainer.compute_loss`` makes it, under the autocast that accelerate wraps around a forward."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.autocast):
-        inputs: dict[str, Any] = {**batch, "use_cache": False}
-        if spec.router_loss:
-            inputs["output_router_logits"] = True
-        outputs = model(**inputs, fused_lm_head=True)
-    loss: Tensor = -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
-    if spec.router_loss:
-        loss = loss + spec.router_loss * outputs.aux_loss
-    return loss
+    recording = losses.recording() if losses else nullcontext()
+    with recording as routing:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec.autocast):
+            outputs = model(**batch, use_cache=False, fused_lm_head=True)
+        loss: Tensor = -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
+    if losses is None or routing is None:
+        return loss
+    extra = losses.loss(routing, batch.get("attention_mask"))
+    return loss if extra is None else loss + extra
 
 
-def run_step(model: nn.Module, optimizer: torch.optim.Optimizer | None, spec: StepSpec) -> None:
+def run_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, spec: StepSpec, losses: RouterLosses | None
+) -> None:
     """Forward, backward, clipping, optimizer step; gradients that the spec accumulates on must be there already."""
-    compute_loss(model, make_batch(spec), spec).backward()
+    batch = make_batch(spec)
+    if losses is not None:
+        losses.begin_step(torch.ones((), dtype=torch.long))
+    torch.autograd.backward(compute_loss(model, batch, spec, losses))
     if optimizer is not None:
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
         optimizer.step()

@@ -2,14 +2,13 @@
 
 A step has a few moments that can be the highest: the end of the forward, the loss, the backward of the last and of the
 first layer, the backward of the embedding, the optimizer. Each is recorded by itself, because each grows along a line
-of its own with the number of layers. A deep model of equal layers is therefore traced with 2, 3 and 4 of them; where the
-three do not lie on a line, or the layers differ, the whole model is traced.
+of its own with the number of layers. A deep model of equal layers is therefore traced with 2, 3 and 4 of them; where
+the three do not lie on a line, or the layers differ, the whole model is traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,16 +20,21 @@ from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PretrainedConfig
 
-from training_ready import TrainingReadyError
-from training_ready.check.memory_kernels import triton_loss
-from training_ready.check.memory_step import OPTIMIZERS, StepSpec, build_model, run_step, trainable, warm_up
+from training_ready.check.memory_kernels import fake_grouped_products, gpu_kernels
+from training_ready.check.memory_step import (
+    OPTIMIZERS,
+    StepSpec,
+    TraceError,
+    build_model,
+    router_losses,
+    run_step,
+    trainable,
+    warm_up,
+)
 
+FORWARD, BETWEEN = "forward", "backward in between"
 FEW = (2, 3, 4)
 """Layers of the traced cuts of a deep model."""
-
-
-class TraceError(TrainingReadyError):
-    """A step that cannot be traced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +93,7 @@ def trace_step(spec: StepSpec) -> PeakMemory:
 def _traced(spec: StepSpec) -> dict[str, Split]:
     with FakeTensorMode():
         try:
-            return measure_step(spec)
+            return _measured(spec)
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise TraceError(
@@ -98,61 +102,121 @@ def _traced(spec: StepSpec) -> dict[str, Split]:
             ) from error
 
 
-def measure_step(spec: StepSpec) -> dict[str, Split]:
-    """Runs the step on tensors of the current mode, fake or real, and returns its moments."""
-    with triton_loss() if spec.device == "gpu" else nullcontext():
+def _measured(spec: StepSpec) -> dict[str, Split]:
+    with gpu_kernels() if spec.device == "gpu" else fake_grouped_products():
         model = build_model(spec)
         weights = trainable(model)
         if not weights:
             raise TraceError("nothing is trainable: the adapter's targets match no module")
-        optimizer = None if spec.optimizer is None else OPTIMIZERS[spec.optimizer](weights)
+        optimizer = (
+            None if spec.optimizer is None else OPTIMIZERS[spec.optimizer](weights, spec.device == "gpu")
+        )
         warm_up(model, optimizer, spec)
-        tracker = MomentTracker()
-        tracker.track_external(model, *([optimizer] if optimizer else []))
-        watch = _Watch(tracker, model, copies_learned=spec.device == "gpu")
+        tracker = MomentTracker(model, optimizer, copies_learned=spec.device == "gpu")
         with tracker:
-            run_step(model, optimizer, spec)
-        watch.remove()
+            run_step(model, optimizer, spec, router_losses(model, spec))
     return tracker.moments()
 
 
-class MomentTracker(MemTracker):
+class MomentTracker(MemTracker):  # type: ignore[no-untyped-call]
     """torch's tracker, with one peak per moment instead of one per module, and the loss as a kind of its own.
 
-    Peaks per module cost a pass over all modules at every operator: minutes for a deep model.
+    Peaks per module cost a pass over all modules at every operator: minutes for a deep model. And torch 2.13's own
+    hooks raise on frozen weights (``cannot register a hook on a tensor that doesn't require gradient``) and at a second
+    forward.
+
+    Args:
+        model: its backbone and layers tell which moment it is.
+        copies_learned: the loss picks out the rows that have a label, a copy, as it does on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, model: Any, optimizer: torch.optim.Optimizer | None, *, copies_learned: bool = False
+    ) -> None:
         super().__init__()
-        self.moment = "forward"
-        self.in_loss = False
+        self._model, self._copies_learned = model, copies_learned
+        self._moment, self._in_loss = FORWARD, False
         self._peaks: dict[str, dict[Any, int]] = {}
+        self._hooks: list[Any] = []
+        self.track_external(model, *([optimizer] if optimizer else []))
 
     def moments(self) -> dict[str, Split]:
         return {name: _split(snapshot) for name, snapshot in self._peaks.items()}
 
+    def __enter__(self) -> MomentTracker:
+        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        backbone = base.base_model
+        layers = decoder_layers(backbone)
+        self._last = len(layers) - 1
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._forward_begins),
+            backbone.register_forward_hook(self._loss_begins),
+            *(layer.register_forward_pre_hook(self._layer_begins(i)) for i, layer in enumerate(layers)),
+            register_optimizer_step_pre_hook(self._optimizer_begins),
+        ]
+        for weight in trainable(self._model):
+            hooks: Any = weight
+            self._hooks.append(hooks.register_hook(self._is_gradient))
+            self._hooks.append(hooks.register_post_accumulate_grad_hook(lambda w: self._is_gradient(w.grad)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        for hook in self._hooks:
+            hook.remove()
+
+    # ---------------------------------------------------------------- what torch's tracker asks
     def _track(self, reftype: Any, t: Tensor) -> None:
-        super()._track(_MemRefType.OTH if self.in_loss else reftype, t)
+        super()._track(_MemRefType.OTH if self._in_loss else reftype, t)
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for snapshot in self._curr_mem_snap.values():
-            highest = self._peaks.get(self.moment)
+            highest = self._peaks.get(self._moment)
             if highest is None or snapshot["Total"] > highest["Total"]:
-                self._peaks[self.moment] = dict(snapshot)
+                self._peaks[self._moment] = dict(snapshot)
 
-    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
-        if module not in self.memory_tracking:
-            self.memory_tracking[module] = True
-            self._track_module_params_and_buffers(module, install_grad_hooks=True)
+    def _pre_fw_hook(self, *_: Any) -> None:
+        """Nothing per module, here and in the next three."""
 
-    def _post_fw_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Nothing: moments are told by :class:`_Watch`."""
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook  # type: ignore[assignment]
 
-    def _pre_bw_hook(self, module: nn.Module, args: Any) -> None:
-        """Nothing."""
+    # ---------------------------------------------------------------- which moment it is
+    def _is_gradient(self, gradient: Tensor) -> None:
+        self._update_and_maybe_create_winfos(gradient, _MemRefType.GRAD)
 
-    def _post_bw_hook(self, module: nn.Module, args: Any) -> None:
-        """Nothing."""
+    def _forward_begins(self, *_: Any) -> None:
+        self._moment = FORWARD
+
+    def _loss_begins(self, backbone: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output.last_hidden_state
+        if hidden.requires_grad:
+            hidden.register_hook(self._loss_ends)
+        self._moment, self._in_loss = "loss", True
+        if self._copies_learned:
+            output.last_hidden_state = hidden.clone()
+
+    def _loss_ends(self, gradient: Tensor) -> None:
+        self._in_loss = False
+        self._moment = self._backward_of(self._last)
+
+    def _layer_begins(self, index: int) -> Callable[..., None]:
+        def ended(gradient: Tensor) -> None:
+            self._moment = self._backward_of(index - 1)
+
+        def begins(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and inputs[0].requires_grad:
+                inputs[0].register_hook(ended)
+
+        return begins
+
+    def _backward_of(self, index: int) -> str:
+        if index in (0, self._last):
+            return f"backward of the {'first' if index == 0 else 'last'} layer"
+        return "backward of the embedding" if index < 0 else BETWEEN
+
+    def _optimizer_begins(self, *_: Any) -> None:
+        self._moment = "optimizer"
 
 
 def _split(snapshot: Mapping[Any, int]) -> Split:
@@ -165,57 +229,8 @@ def _split(snapshot: Mapping[Any, int]) -> Split:
     )
 
 
-class _Watch:
-    """Tells the tracker which moment it is, by hooks on the backbone and its layers."""
-
-    def __init__(self, tracker: MomentTracker, model: nn.Module, *, copies_learned: bool) -> None:
-        self._tracker, self._copies_learned = tracker, copies_learned
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        backbone = base.base_model
-        layers = list(_decoder_layers(backbone))
-        self._hooks = [backbone.register_forward_hook(self._loss_begins)]
-        self._first, self._last = 0, len(layers) - 1
-        for index, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(self._layer_begins(index)))
-        self._hooks.append(register_optimizer_step_pre_hook(self._optimizer_begins))
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _loss_begins(self, backbone: nn.Module, inputs: Any, output: Any) -> None:
-        hidden = output.last_hidden_state
-        hidden.register_hook(self._loss_ends)
-        self._tracker.moment, self._tracker.in_loss = "loss", True
-        if self._copies_learned:  # on a GPU the rows with a label are picked out: a copy
-            output.last_hidden_state = hidden.clone()
-
-    def _loss_ends(self, gradient: Tensor) -> None:
-        self._tracker.in_loss = False
-        self._tracker.moment = self._backward_of(self._last)
-
-    def _layer_begins(self, index: int) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._tracker.moment == "forward" and inputs and inputs[0].requires_grad:
-                inputs[0].register_hook(ended)
-
-        def ended(gradient: Tensor) -> None:
-            self._tracker.moment = self._backward_of(index - 1)
-
-        return hook
-
-    def _backward_of(self, index: int) -> str:
-        if index < self._first:
-            return "backward of the embedding"
-        if index == self._first:
-            return "backward of the first layer"
-        return "backward of the last layer" if index == self._last else "backward in between"
-
-    def _optimizer_begins(self, *_: Any) -> None:
-        self._tracker.moment = "optimizer"
-
-
-def _decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a backbone, in order."""
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise TraceError(f"{type(backbone).__name__} keeps its layers elsewhere than in `layers`: not traced")
@@ -247,14 +262,14 @@ def _layers_alike(config: PretrainedConfig) -> bool:
         model = AutoModelForCausalLM.from_config(config)
     shapes = {
         tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-        for layer in _decoder_layers(model.base_model)
+        for layer in decoder_layers(model.base_model)
     }
     return len(shapes) == 1 and len(set(getattr(config.get_text_config(), "layer_types", None) or [0])) == 1
 
 
 def _on_a_line(cuts: list[dict[str, Split]]) -> bool:
     two, three, four = cuts
-    if not two.keys() == {*three} - {"backward in between"} == {*four} - {"backward in between"}:
+    if not two.keys() == {*three} - {BETWEEN} == {*four} - {BETWEEN}:
         return False
     bends = (two[name].total - 2 * three[name].total + four[name].total for name in two)
     slopes = (four[name].total - two[name].total for name in two)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class MetaModelError(TrainingReadyError):
-    """The model that the recipe describes cannot be built, not even without weights."""
+    """The model that the recipe describes cannot be built, not even without weights; ``key`` is at fault."""
+
+    key: str | None = None
 
 
 def model_source(context: CheckContext) -> str:
@@ -43,14 +46,17 @@ def config_of(context: CheckContext) -> PretrainedConfig:
     """The transformers configuration of the recipe's model. See :attr:`CheckContext.model_config`."""
     recipe = context.recipe
     if recipe.model.config is not None:
-        from training_ready.training.model import scratch_config
+        from training_ready.training.scratch import scratch_config
 
         return scratch_config(recipe.model.config, vocab_size=_vocabulary(context))
     from transformers import AutoConfig
 
     source, revision = model_source(context), recipe.effective("model_revision")
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)  # type: ignore[no-any-return]
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise MetaModelError(
             f"no configuration of {source!r} (revision {revision or 'main'}): {_first_line(error)}. Check the name, "
@@ -93,18 +99,35 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
     Raises:
         MetaModelError: peft refuses, for example because no module matches.
     """
-    if not recipe.effective("use_peft"):
-        return model
+    trained: PreTrainedModel | PeftModel = model
+    if recipe.effective("use_peft"):
+        trained = _with_lora(recipe, model)
+    if recipe.moe.adapters is not None:
+        import torch
+
+        from training_ready.training.expert_adapters import adapt_experts
+
+        with torch.device("meta"):
+            adapt_experts(trained, recipe.moe.adapters)
+    return trained
+
+
+def _with_lora(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     import torch
     from peft import get_peft_model
     from trl import ModelConfig, get_peft_config
 
     config = get_peft_config(ModelConfig(**recipe.trl_group("ModelConfig")))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # names that match nothing: the probe of the parameters says it better
             return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise MetaModelError(f"peft refuses these adapters: {_first_line(error)}") from error
+        refusal = MetaModelError(f"peft refuses these adapters: {_first_line(error)}")
+        refusal.key = "lora_dropout" if "lora_dropout" in str(error) else None
+        raise refusal from error
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,8 @@ class Topology:
     machines: int
     sharding: Sharding
     use_cpu: bool
+    launch_uses_cpu: bool
+    """The launch file says so; ``use_cpu`` is true when it or the recipe does."""
     mixed_precision: str | None
     fsdp: Mapping[str, Any] = field(default_factory=dict)
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +64,7 @@ def topology_of(recipe: Recipe) -> Topology:
             machines=1,
             sharding="ddp" if count > 1 else "single",
             use_cpu=bool(recipe.effective("use_cpu")),
+            launch_uses_cpu=False,
             mixed_precision=None,
         )
     path = accelerate_config(recipe.launch.accelerate_config)
@@ -77,6 +80,7 @@ def topology_of(recipe: Recipe) -> Topology:
         machines=int(written.get("num_machines") or 1),
         sharding=_sharding(path, written, deepspeed, count),
         use_cpu=bool(written.get("use_cpu")) or bool(recipe.effective("use_cpu")),
+        launch_uses_cpu=bool(written.get("use_cpu")),
         mixed_precision=written.get("mixed_precision"),
         fsdp=written.get("fsdp_config") or {},
         deepspeed=deepspeed,

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from training_ready import TrainingReadyError
-from training_ready.corpus.manifest import Manifest, Shard
+from training_ready.check.corpora import Corpus, Origin
+from training_ready.corpus.manifest import Shard
 from training_ready.storage.objects import ObjectStore
 from training_ready.stream.render import ChatRenderer, RenderedConversation, RenderError
 
@@ -29,28 +30,32 @@ class SampleError(TrainingReadyError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """``records`` are rows of the corpus as dictionaries; ``total`` is the size of the split in records."""
+    """``records`` are rows of corpora as dictionaries, each with its ``origin``; ``totals`` the sizes of the splits."""
 
-    split: str
     records: list[dict[str, Any]]
-    total: int
+    totals: Mapping[Origin, int]
     unreached: tuple[str, ...] = ()
     """Source families of which no record was found in the shards that were opened."""
 
     @property
     def whole(self) -> bool:
-        return len(self.records) == self.total
+        return len(self.records) == sum(self.totals.values())
+
+    def scale(self, origin: Origin) -> float:
+        """Records of a split for each that was sampled."""
+        return self.totals[origin] / sum(1 for record in self.records if record["origin"] == origin)
 
     def __str__(self) -> str:
-        return f"{len(self.records):,} of {self.total:,} records of {self.split}"
+        splits = ", ".join(dict.fromkeys(split for _, split in self.totals))
+        return f"{len(self.records):,} of {sum(self.totals.values()):,} records of {splits}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSample:
-    """The sampled records as tokens, uncut, in the order of the sample; ``faults`` could not be rendered."""
+    """The sampled records as tokens, uncut: ``rows[i]`` is ``records[i]``; ``faults`` could not be rendered."""
 
     rows: list[RenderedConversation]
-    stages: list[str]
+    records: list[dict[str, Any]]
     faults: list[tuple[str, str]]
     """(content hash, reason)."""
     max_length: int | None
@@ -60,24 +65,30 @@ class TokenSample:
         return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
 
 
-def read_sample(store: ObjectStore, manifest: Manifest, split: str, per_source: int) -> Sample:
-    """Up to ``per_source`` records of each source family; a small split whole.
+def read_sample(corpora: Mapping[str, Corpus], splits: Sequence[Origin], per_source: int) -> Sample:
+    """Up to ``per_source`` records of each source family of each split; a small split whole.
 
     Raises:
-        SampleError: the corpus has no such split, or a shard is no readable Parquet file of a corpus.
+        SampleError: a corpus has no such split, or a shard is no readable Parquet file of a corpus.
     """
-    shards = manifest.shards_of(split)
-    total = sum(shard.records for shard in shards)
-    if not total:
-        raise SampleError(
-            f"the corpus {manifest.name!r} has no split {split!r}; it has {sorted(manifest.splits)}"
-        )
-    families = {source.family for source in manifest.sources if source.splits.get(split)}  # type: ignore[call-overload]
-    wanted = dict.fromkeys(sorted(families), total if total <= WHOLE else per_source)
-    records = list(_first_of_each(store, shards, wanted))
-    found = Counter(record["source_family"] for record in records)
-    unreached = tuple(family for family in sorted(families) if not found[family])
-    return Sample(split=split, records=records, total=total, unreached=unreached)
+    records, totals, unreached = [], {}, []
+    for origin in splits:
+        corpus, split = corpora[origin[0]], origin[1]
+        total = sum(shard.records for shard in corpus.shards(split))
+        if not total:
+            raise SampleError(
+                f"the corpus {corpus.manifest.name!r} has no split {split!r}; it has "
+                f"{sorted(corpus.manifest.splits)}"
+            )
+        totals[origin] = total
+        families = {s.family for s in corpus.manifest.sources if dict(s.splits).get(split)}  # type: ignore[call-overload]
+        wanted = dict.fromkeys(sorted(families), total if total <= WHOLE else per_source)
+        found = [
+            {**row, "origin": origin} for row in _first_of_each(corpus.store, corpus.shards(split), wanted)
+        ]
+        records += found
+        unreached += sorted(families - {row["source_family"] for row in found})
+    return Sample(records=records, totals=totals, unreached=tuple(unreached))
 
 
 def _first_of_each(
@@ -98,7 +109,8 @@ def _records(store: ObjectStore, shard: Shard, missing: Counter[str]) -> Iterato
     try:
         reader = io.BufferedReader(store.open(shard.key, ahead=False), buffer_size=1 << 20)
         file = pq.ParquetFile(reader, page_checksum_verification=True)
-        column = file.schema_arrow.names.index("source_family")
+        # Messages are two columns of the file, so its numbers are not those of the table.
+        column = next(i for i, one in enumerate(file.schema) if one.path == "source_family")
         for group in range(file.metadata.num_row_groups):
             bounds = file.metadata.row_group(group).column(column).statistics
             needed = [family for family, count in missing.items() if count > 0]
@@ -116,18 +128,18 @@ def tokenise_sample(sample: Sample, renderer: ChatRenderer, max_length: int | No
     Raises:
         SampleError: not one record can be rendered; the message is the first record's.
     """
-    rows, stages, faults = [], [], []
+    rows, kept, faults = [], [], []
     records = [row for row in sample.records if row["target_role"] == renderer.target_role]
     for record, rendered in zip(records, _rendered(renderer, records), strict=True):
         if isinstance(rendered, RenderError):
             faults.append((record["content_hash"], str(rendered)))
         else:
             rows.append(rendered)
-            stages.append(record["stage"])
+            kept.append(record)
     if not rows:
         reason = faults[0][1] if faults else f"none has the target role {renderer.target_role!r}"
         raise SampleError(f"none of {sample} can be rendered: {reason}")
-    return TokenSample(rows=rows, stages=stages, faults=faults, max_length=max_length)
+    return TokenSample(rows=rows, records=kept, faults=faults, max_length=max_length)
 
 
 def _rendered(

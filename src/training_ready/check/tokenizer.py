@@ -28,6 +28,7 @@ def tokenizer_of(context: CheckContext) -> PreTrainedTokenizerBase:
             model_source(context),
             revision=recipe.effective("model_revision"),
             chat_template_path=recipe.trl.get("chat_template_path"),
+            pad_token=recipe.trl.get("pad_token"),
         )
     if (recipe.output_dir / "tokenizer").is_dir():
         return load_tokenizer(str(recipe.output_dir / "tokenizer"))

@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 _BLANKS = " \t\n\r"
 _CUT = 16
@@ -17,18 +17,38 @@ class JsonArrayError(ValueError):
     """The text is not the JSON it should be; the message names the byte offset."""
 
 
+class Item(NamedTuple):
+    """One item: the bytes of the file before it and up to its end, and whether its array is inside an object."""
+
+    offset: int
+    end: int
+    value: object
+    nested: bool
+
+
 def read_json_array(
-    stream: BinaryIO, records_key: str, *, chunk_bytes: int = 1 << 20, max_item_chars: int = 64 << 20
-) -> Iterator[tuple[int, object]]:
-    """Items of ``[…]``, or of the array under ``records_key`` of ``{…}``, as (byte offset, value).
+    stream: BinaryIO,
+    records_key: str,
+    *,
+    after: tuple[int, bool] | None = None,
+    chunk_bytes: int = 1 << 20,
+    max_item_chars: int = 64 << 20,
+) -> Iterator[Item]:
+    """Items of ``[…]``, or of the array under ``records_key`` of ``{…}``.
+
+    ``after`` (``end`` and ``nested`` of an item) goes on behind that item; the stream must stand at its ``end``.
 
     Keeps one window of text: the item at hand plus one chunk. Bytes that are not UTF-8 arrive as lone surrogates, for
     the caller to refuse row by row. Raises :class:`JsonArrayError` on anything else that is not JSON.
     """
-    window = _Window(stream, chunk_bytes, max_item_chars)
-    first = window.peek()
-    if first == "[":
-        yield from window.array()
+    window = _Window(stream, chunk_bytes, max_item_chars, offset=after[0] if after else 0)
+    first = "" if after else window.peek()
+    if after:
+        yield from window.array(nested=after[1], opened=True)
+        if after[1]:
+            yield from _rest_of_object(window, records_key, [records_key])
+    elif first == "[":
+        yield from window.array(nested=False)
     elif first == "{":
         yield from _array_of_object(window, records_key)
     else:
@@ -37,28 +57,14 @@ def read_json_array(
         window.fail(f"expected the end of the file, found {rest!r} (one record per line is format: jsonl)")
 
 
-def _array_of_object(window: _Window, records_key: str) -> Iterator[tuple[int, object]]:
+def _array_of_object(window: _Window, records_key: str) -> Iterator[Item]:
     seen: list[str] = []
     window.take("{")
     if window.peek() == "}":
         window.take("}")
     else:
-        while True:
-            _, key = window.value()
-            if not isinstance(key, str):
-                window.fail(f"expected a key, found {key!r}")
-            window.take(":")
-            if key in seen:
-                window.fail(f"the key {key!r} appears twice")
-            seen.append(key)
-            if key != records_key:
-                window.value()
-            elif window.peek() == "[":
-                yield from window.array()
-            else:
-                window.fail(f"{key!r} should hold an array of records")
-            if window.take(",}") == "}":
-                break
+        yield from _member(window, records_key, seen)
+        yield from _rest_of_object(window, records_key, seen)
     if records_key not in seen:
         near = get_close_matches(records_key, seen, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -68,10 +74,31 @@ def _array_of_object(window: _Window, records_key: str) -> Iterator[tuple[int, o
         )
 
 
+def _rest_of_object(window: _Window, records_key: str, seen: list[str]) -> Iterator[Item]:
+    while window.take(",}") == ",":
+        yield from _member(window, records_key, seen)
+
+
+def _member(window: _Window, records_key: str, seen: list[str]) -> Iterator[Item]:
+    _, key = window.value()
+    if not isinstance(key, str):
+        window.fail(f"expected a key, found {key!r}")
+    window.take(":")
+    if key in seen:
+        window.fail(f"the key {key!r} appears twice")
+    seen.append(key)
+    if key != records_key:
+        window.value()
+    elif window.peek() == "[":
+        yield from window.array(nested=True)
+    else:
+        window.fail(f"{key!r} should hold an array of records")
+
+
 class _Window:
     """A moving view of decoded text that knows its byte offset."""
 
-    def __init__(self, stream: BinaryIO, chunk_bytes: int, max_item_chars: int) -> None:
+    def __init__(self, stream: BinaryIO, chunk_bytes: int, max_item_chars: int, *, offset: int = 0) -> None:
         self._stream = stream
         self._chunk_bytes = chunk_bytes
         self._max_item_chars = max_item_chars
@@ -80,11 +107,11 @@ class _Window:
         self._text = ""
         self._at = 0
         self._counted = 0
-        self._bytes_before = 0  # bytes of the file in front of self._text[self._counted]
+        self._bytes_before = offset  # bytes of the file in front of self._text[self._counted]
         self._ended = False
         while not self._text and not self._ended:
             self._grow()
-        if self._text.startswith("\ufeff"):  # byte-order mark
+        if not offset and self._text.startswith("\ufeff"):  # byte-order mark
             self._at = 1
 
     @property
@@ -118,15 +145,18 @@ class _Window:
         self._at += 1
         return found
 
-    def array(self) -> Iterator[tuple[int, object]]:
-        self.take("[")
-        if self.peek() == "]":
-            self.take("]")
-            return
-        while True:
-            yield self.value()
-            if self.take(",]") == "]":
+    def array(self, *, nested: bool, opened: bool = False) -> Iterator[Item]:
+        """The items of the array at the cursor, or behind an item of one that was ``opened`` before."""
+        if not opened:
+            self.take("[")
+            if self.peek() == "]":
+                self.take("]")
                 return
+            offset, value = self.value()
+            yield Item(offset, self.offset, value, nested)
+        while self.take(",]") == ",":
+            offset, value = self.value()
+            yield Item(offset, self.offset, value, nested)
 
     def value(self) -> tuple[int, object]:
         """The whole JSON value at the cursor and the byte offset where it starts."""

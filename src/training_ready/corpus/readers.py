@@ -12,9 +12,8 @@ further raises :class:`SourceError`: half a file is never taken for a whole one.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, cast
@@ -22,10 +21,11 @@ from typing import BinaryIO, Literal, cast
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from training_ready import TrainingReadyError
 from training_ready.corpus.json_array import JsonArrayError, read_json_array
+from training_ready.storage.compression import Frame, FrameReader
+from training_ready.storage.errors import StorageError
 
 Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet"]
 
@@ -38,7 +38,8 @@ _SUFFIXES: dict[str, Format] = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_COMPRESSIONS = (".gz", ".zst")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_BOM = b"\xef\xbb\xbf"
 
 
 class SourceError(TrainingReadyError):
@@ -46,10 +47,27 @@ class SourceError(TrainingReadyError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Between two rows of one file: reading goes on from here. The default is the beginning.
+
+    Text: ``offset`` bytes of it and ``row`` lines or items stand before; if it is compressed, ``frame`` is the last
+    frame that begins there; ``nested`` tells an array inside an object. Parquet: ``offset`` row groups, and ``row``
+    rows of the next one.
+    """
+
+    offset: int = 0
+    row: int = 0
+    frame: Frame = Frame()  # noqa: RUF009 - immutable
+    nested: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row: where it stands in its file, and its fields or the reason why it has none."""
+    """One row: where it stands in its file, and its fields or the reason why it has none; the place after it."""
 
     position: str
+    next: Place
+    offset: int | None = None  # byte of the text where it begins; None for Parquet
     value: dict[str, object] | None = None
     problem: str = ""
 
@@ -77,21 +95,30 @@ def format_of(key: str) -> tuple[Format, str]:
 
 
 def read_table(
-    stream: BinaryIO, key: str, *, format: Format = "auto", records_key: str = "conversations"
+    stream: BinaryIO,
+    key: str,
+    *,
+    format: Format = "auto",
+    records_key: str = "conversations",
+    start: Place | None = None,
 ) -> Table:
-    """Opens ``stream`` (seekable for Parquet) as rows; ``key`` gives the format and stands in every message."""
+    """Opens ``stream`` as rows, from ``start`` on; ``key`` gives the format and stands in every message.
+
+    The stream must be seekable for Parquet, and for any ``start`` but the beginning.
+    """
     name = key.lower()
     compression = next((suffix for suffix in _COMPRESSIONS if name.endswith(suffix)), "")
     if format == "auto":
         format, compression = format_of(key)
+    start = start or Place()
     if format == "parquet":
         if compression:
             raise SourceError(f"{key}: Parquet compresses inside; store it without {compression}")
-        return _parquet(stream, key)
-    plain = _decompressed(stream, compression)
+        return _parquet(stream, key, start)
     if format in ("csv", "tsv"):
-        return _csv(plain, key, "\t" if format == "tsv" else ",")
-    rows = _json_lines(plain) if format == "jsonl" else _json_array(plain, records_key)
+        return _csv(stream, compression, key, "\t" if format == "tsv" else ",", start)
+    text = _Text(stream, compression, start)
+    rows = _json_lines(text, start) if format == "jsonl" else _json_array(text, records_key, start)
     return Table(columns=None, rows=_named_failures(rows, key))
 
 
@@ -102,134 +129,172 @@ def _named_failures(rows: Iterator[Row], key: str) -> Iterator[Row]:
         for row in rows:
             yield row
             last = row.position
-    except (JsonArrayError, csv.Error, EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+    except (JsonArrayError, csv.Error, OSError, StorageError) as error:
+        why = str(error).removesuffix(".")
         raise SourceError(
-            f"{key}: cannot be read after {last}: {error}. Repair or replace the object"
+            f"{key}: cannot be read after {last}: {why}. Repair or replace the object"
         ) from error
 
 
-def _decompressed(stream: BinaryIO, compression: str) -> BinaryIO:
-    if compression == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
-    if compression == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdStream(stream), 1 << 20))
-    return stream
+class _Text:
+    """The decompressed bytes of a file from a place on, and the way back to any place in them."""
+
+    def __init__(self, stream: BinaryIO, compression: str, start: Place) -> None:
+        self._frames = (
+            FrameReader(
+                stream, compression, where=_COMPRESSIONS[compression], start=start.frame, close_raw=False
+            )
+            if compression
+            else None
+        )
+        if self._frames is None:
+            self.bytes = stream
+            if start.offset:
+                stream.seek(start.offset)
+        else:
+            self.bytes = cast(BinaryIO, io.BufferedReader(self._frames, 1 << 20))
+            skip = start.offset - start.frame.plain
+            while skip and (passed := self.bytes.read(min(skip, 1 << 20))):
+                skip -= len(passed)
+
+    def place(self, offset: int, row: int, *, nested: bool = False) -> Place:
+        frame = self._frames.frame_of(offset) if self._frames else Frame()
+        return Place(offset=offset, row=row, frame=frame, nested=nested)
 
 
-class _ZstdStream(io.RawIOBase):
-    """Plain bytes of one or several zstd frames. Unlike ``zstandard.stream_reader`` (0.25) it refuses a stream that
-    ends inside a frame, which would otherwise look like a shorter file."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(cast(bytearray, buffer)).cast("B")
-        while not self._ready:
-            data = self._stream.read(1 << 17)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the zstd stream ends inside a frame: the object was cut short")
-                return 0
-            self._ready = self._decode(data)
-        count = min(len(view), len(self._ready))
-        view[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _decode(self, data: bytes) -> bytes:
-        parts: list[bytes] = []
-        while data:
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            parts.append(frame.decompress(data))
-            self._frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
-        return b"".join(parts)
-
-
-def _csv(stream: BinaryIO, key: str, delimiter: str) -> Table:
-    # Bytes that are not UTF-8 become lone surrogates, which costs their row and not the file.
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _csv(stream: BinaryIO, compression: str, key: str, delimiter: str, start: Place) -> Table:
     csv.field_size_limit(_MAX_ROW_BYTES)
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    text = _Text(stream, compression, Place())
+    lines = _Lines(text.bytes, Place())
     try:
-        header = next(lines, [])
-    except (csv.Error, EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        header = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+    except (csv.Error, OSError, StorageError) as error:
         raise SourceError(f"{key}: the header cannot be read: {error}") from error
     named = [name for name in header if name]
     if not named:
         raise SourceError(f"{key}: the file is empty; a CSV needs a header line and rows")
     if repeated := sorted({name for name in named if named.count(name) > 1}):
         raise SourceError(f"{key}:1: the header names {repeated} more than once; which one is meant?")
-
-    def rows() -> Iterator[Row]:
-        while True:
-            position = f"line {lines.line_num + 1}"
-            try:
-                cells = next(lines)
-            except StopIteration:
-                text.detach()  # or it would close the stream, which is not ours
-                return
-            except csv.Error as error:
-                raise csv.Error(f"{position}: {error}") from error
-            if len(cells) == len(header):
-                yield Row(position=position, value=dict(zip(header, cells, strict=True)))
-            elif cells:
-                yield Row(position=position, problem=f"{len(cells)} cells, the header has {len(header)}")
-
-    return Table(columns=tuple(header), rows=_named_failures(rows(), key))
+    if start.offset:
+        stream.seek(0)
+        text = _Text(stream, compression, start)
+        lines = _Lines(text.bytes, start)
+    return Table(columns=tuple(header), rows=_named_failures(_csv_rows(text, lines, header, delimiter), key))
 
 
-def _json_lines(stream: BinaryIO) -> Iterator[Row]:
-    number = 0
-    while line := stream.readline(_MAX_ROW_BYTES):
-        number += 1
-        if len(line) >= _MAX_ROW_BYTES:
-            raise OSError(
-                f"line {number} is longer than {_MAX_ROW_BYTES:,} bytes; is it a JSON array (format: json)?"
+def _csv_rows(text: _Text, lines: _Lines, header: list[str], delimiter: str) -> Iterator[Row]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        position, begin = f"line {lines.number + 1}", lines.offset
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise csv.Error(f"{position}: {error}") from error
+        after = text.place(lines.offset, lines.number)
+        if len(cells) == len(header):
+            value: dict[str, object] = dict(zip(header, cells, strict=True))
+            yield Row(position=position, next=after, offset=begin, value=value)
+        elif cells:
+            problem = f"{len(cells)} cells, the header has {len(header)}"
+            yield Row(position=position, next=after, offset=begin, problem=problem)
+
+
+class _Lines:
+    """Lines as the csv module takes them, one when it asks for one, so that the bytes given out are known.
+
+    Bytes that are not UTF-8 become lone surrogates, which costs their row and not the file.
+    """
+
+    def __init__(self, stream: BinaryIO, start: Place) -> None:
+        self._stream, self.offset, self.number = stream, start.offset, start.row
+        self._pieces: list[bytes] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if not self._pieces:
+            line = _whole_line(self._stream, self.number + 1)
+            if not line:
+                raise StopIteration
+            # A lone carriage return ends a line too, as on old Macs.
+            self._pieces = (
+                re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", line)[::-1] if b"\r" in line else [line]
             )
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+        piece = self._pieces.pop()
+        first = not self.offset
+        self.offset, self.number = self.offset + len(piece), self.number + 1
+        return piece.removeprefix(_BOM if first else b"").decode("utf-8", "surrogateescape")
+
+
+def _whole_line(stream: BinaryIO, number: int) -> bytes:
+    line = stream.readline(_MAX_ROW_BYTES)
+    if len(line) >= _MAX_ROW_BYTES:
+        raise OSError(
+            f"line {number} is longer than {_MAX_ROW_BYTES:,} bytes; is it a JSON array (format: json)?"
+        )
+    return line
+
+
+def _json_lines(text: _Text, start: Place) -> Iterator[Row]:
+    number, offset = start.row, start.offset
+    while line := _whole_line(text.bytes, number + 1):
+        begin, number, offset = offset, number + 1, offset + len(line)
+        if not begin:
+            line = line.removeprefix(_BOM)
         if not line.strip():
             continue
-        position = f"line {number}"
+        position, after = f"line {number}", text.place(offset, number)
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            yield Row(position=position, problem=f"not JSON: {error}")
+            yield Row(position=position, next=after, offset=begin, problem=f"not JSON: {error}")
         else:
-            yield _object_row(position, value)
+            yield _object_row(position, after, begin, value)
 
 
-def _json_array(stream: BinaryIO, records_key: str) -> Iterator[Row]:
-    for index, (offset, value) in enumerate(read_json_array(stream, records_key)):
-        yield _object_row(f"item {index} (byte {offset})", value)
+def _json_array(text: _Text, records_key: str, start: Place) -> Iterator[Row]:
+    after = (start.offset, start.nested) if start.offset else None
+    for index, item in enumerate(read_json_array(text.bytes, records_key, after=after), start.row):
+        place = text.place(item.end, index + 1, nested=item.nested)
+        yield _object_row(f"item {index} (byte {item.offset})", place, item.offset, item.value)
 
 
-def _object_row(position: str, value: object) -> Row:
+def _object_row(position: str, after: Place, offset: int, value: object) -> Row:
     if isinstance(value, dict):
-        return Row(position=position, value=value)
-    return Row(position=position, problem=f"a record should be a JSON object, found {type(value).__name__}")
+        return Row(position=position, next=after, offset=offset, value=value)
+    problem = f"a record should be a JSON object, found {type(value).__name__}"
+    return Row(position=position, next=after, offset=offset, problem=problem)
 
 
-def _parquet(stream: BinaryIO, key: str) -> Table:
+def _parquet(stream: BinaryIO, key: str, start: Place) -> Table:
     try:
         file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{key}: not a whole Parquet file: {error}") from error
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
 
     def rows() -> Iterator[Row]:
-        number = 0
-        try:
-            for batch in file.iter_batches(batch_size=512):
-                for value in batch.to_pylist():
-                    yield Row(position=f"row {number}", value=value)
-                    number += 1
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{key}: cannot be read after row {number}: {error}") from error
+        number = sum(groups[: start.offset])
+        skip = start.row
+        for group in range(start.offset, len(groups)):
+            passed = 0
+            try:
+                for batch in file.iter_batches(batch_size=512, row_groups=[group]):
+                    values = batch.slice(skip - passed).to_pylist() if passed < skip else batch.to_pylist()
+                    passed += batch.num_rows - len(values)
+                    for value in values:
+                        passed += 1
+                        done = passed == groups[group]
+                        after = Place(offset=group + 1) if done else Place(offset=group, row=passed)
+                        yield Row(position=f"row {number + passed - 1}", next=after, value=value)
+            except (pa.ArrowException, OSError) as error:
+                begin = file.metadata.row_group(group).column(0).data_page_offset
+                raise SourceError(
+                    f"{key}: row group {group} (byte {begin}) cannot be read after row {number + passed}: {error}"
+                ) from error
+            number, skip = number + groups[group], 0
 
     return Table(columns=tuple(file.schema_arrow.names), rows=rows())

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
 from training_ready.moe.families import MoEError, routed_layers
+from training_ready.moe.quant import Nf4Experts
 
 IMPLEMENTATION = "split_lora"
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -67,7 +68,7 @@ def split_lora_experts_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Experts forward with adapters: (T, H), (T, k), (T, k) -> (T, H). Blocks without adapters run as usual."""
-    if not hasattr(self, _ATTRIBUTE):
+    if not hasattr(self, _ATTRIBUTE) and not isinstance(self.down_proj, Nf4Experts):
         plain: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return plain
     tokens, k = top_k_index.shape
@@ -95,8 +96,12 @@ def split_lora_experts_forward(
 def _project(experts: Any, name: str, rows: Tensor, ends: Tensor, expert_of_row: Tensor) -> Tensor:
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias")[expert_of_row] if experts.has_bias else None
-    out: Tensor = _grouped_linear(rows, weight, ends, bias=bias, is_transposed=experts.is_transposed)
-    adapters = getattr(experts, _ATTRIBUTE)
+    if isinstance(weight, Nf4Experts):
+        out: Tensor = weight(rows, ends, is_transposed=experts.is_transposed)
+        out = out if bias is None else out + bias
+    else:
+        out = _grouped_linear(rows, weight, ends, bias=bias, is_transposed=experts.is_transposed)
+    adapters = getattr(experts, _ATTRIBUTE, {})
     return out + adapters[name](rows, ends, weight.dtype) if name in adapters else out
 
 
@@ -138,11 +143,13 @@ def add_expert_adapters(
         adapters = nn.ModuleDict()
         for name in projections:
             weight = getattr(experts, name, None)
-            if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
+            if not isinstance(weight, nn.Parameter | Nf4Experts) or len(weight.shape) != 3:
                 raise MoEError(
                     f"{routed.name}.experts has no fused projection {name!r} of shape (E, out, in)."
                 )
-            count, out_features, in_features = weight.mT.shape if experts.is_transposed else weight.shape
+            count, out_features, in_features = weight.shape
+            if experts.is_transposed:
+                out_features, in_features = in_features, out_features
             adapters[name] = SplitLora(
                 experts=count,
                 in_features=in_features,
@@ -180,6 +187,11 @@ def merge_expert_adapters(model: Any) -> None:
         experts = model.get_submodule(name)
         for projection, adapter in getattr(experts, _ATTRIBUTE).items():
             weight = getattr(experts, projection)
+            if isinstance(weight, Nf4Experts):
+                raise MoEError(
+                    f"{name}.{projection} is NF4: merged and rounded to 16 levels again, most of the adapter would be "
+                    "lost. Save the adapter and merge it into the unquantised model."
+                )
             for expert in range(weight.shape[0]):  # one at a time: a whole stack in fp32 may not fit
                 delta = adapter.scaling * (adapter.B[expert].float() @ adapter.A[expert].float())
                 delta = delta.mT if experts.is_transposed else delta

@@ -79,6 +79,8 @@ def describe_experts(model: nn.Module) -> ParameterReport:
 
 def _group(name: str, sparse_blocks: list[str], family: MoEFamily | None) -> str:
     inside = next((name[len(block) + 1 :] for block in sparse_blocks if name.startswith(f"{block}.")), None)
+    if inside is not None and inside.startswith("experts.shared."):  # one for all experts (shared_base)
+        return "shared_experts"
     if inside is not None and family is not None:
         return {"experts": "experts", family.layout.router: "router"}.get(
             inside.split(".")[0], "shared_experts"

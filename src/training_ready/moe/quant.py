@@ -106,7 +106,7 @@ class _FrozenProduct(torch.autograd.Function):
         return _grouped_product(rows, ends, weight, is_transposed)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         return _grouped_product(gradient, ctx.ends, ctx.weight, not ctx.is_transposed), None, None, None
 
 
@@ -143,7 +143,9 @@ def quantise_experts(model: Any, *, double: bool = False, device: torch.device |
         for name in PROJECTIONS:
             weight = getattr(experts, name, None)
             if not isinstance(weight, nn.Parameter) or hasattr(experts, "split_lora"):
-                raise MoEError(f"{routed.name}.experts.{name} is no plain fused weight that could be quantised.")
+                raise MoEError(
+                    f"{routed.name}.experts.{name} is no plain fused weight that could be quantised."
+                )
             try:
                 quantised = Nf4Experts.quantised(weight.to(device or weight.device), double=double)
             except MoEError as error:
@@ -197,7 +199,9 @@ def load_quantised_experts(model: Any, folder: Path, *, device: torch.device | N
             saved = settings.get(full)
             if standing is None or saved is None or list(standing.shape) != saved["shape"]:
                 shape = None if standing is None else list(standing.shape)
-                raise MoEError(f"{folder}: {full} is {shape} in this model, {saved and saved['shape']} in the file.")
+                raise MoEError(
+                    f"{folder}: {full} is {shape} in this model, {saved and saved['shape']} in the file."
+                )
             parts = {part: tensors.get(f"{full}.{part}") for part in ("packed", "scales", "steps", "centre")}
             _put(routed.block.experts, name, _restored(parts, saved, full))
     _run_quantised(model)

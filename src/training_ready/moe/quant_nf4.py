@@ -87,9 +87,12 @@ def quantise_nf4(weight: Tensor, *, double: bool = False) -> Nf4:
 @torch.no_grad()
 def dequantise_nf4(weight: Nf4, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The 16-level approximation, each value rounded once to ``dtype``."""
-    levels = torch.tensor(LEVELS, device=weight.packed.device)
-    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(-1, BLOCK)
-    return (levels[codes.int()] * _scales(weight)[:, None]).to(dtype).view(shape)
+    device = weight.packed.device
+    levels = torch.tensor(LEVELS, device=device)
+    byte = torch.arange(256, device=device)
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up per byte, not two
+    values = pairs[weight.packed.int()].view(-1, BLOCK)
+    return values.mul_(_scales(weight)[:, None]).to(dtype).view(shape)
 
 
 def _scales(weight: Nf4) -> Tensor:

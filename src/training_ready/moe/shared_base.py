@@ -76,7 +76,9 @@ class SharedExperts(nn.Module):
         inner = (inner * top_k_weights.reshape(-1)[order][:, None]).to(rows.dtype)
         difference = self.adapters["down_proj"](inner, ends, inner.dtype)
         # Back to token order by gathering: index_add would sum in another order each time on CUDA.
-        position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        position = torch.empty_like(order).scatter_(
+            0, order, torch.arange(order.numel(), device=order.device)
+        )
 
         def summed(values: Tensor) -> Tensor:
             return values[position].view(tokens, k, -1).sum(dim=1)

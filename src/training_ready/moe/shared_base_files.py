@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class SharedBaseSettings:
     top_k: int
     rank: int
     alpha: float
+    materialised: list[str] = field(default_factory=list)
+    """Experts whose weights are a checkpoint of their own, which adapters cannot stand for."""
 
 
 def save_shared_base(model: nn.Module, folder: Path, *, experts: Sequence[str] | None = None) -> None:
@@ -93,6 +95,11 @@ def load_shared_base(
     Raises :class:`MoEError` when they were trained on another shape.
     """
     settings, tensors = read_shared_base(folder)
+    if settings.materialised:
+        raise MoEError(
+            f"{folder}: {', '.join(settings.materialised)} were branched as whole checkpoints and have no adapters; "
+            "train the exported mixture instead."
+        )
     model = build_shared_base(
         dense,
         experts=len(settings.experts),
@@ -103,7 +110,9 @@ def load_shared_base(
         dtype=dtype,
     )
     layers = range(model.config.num_hidden_layers)
-    set_router_rows(model, torch.stack([_take(tensors, f"layers.{layer}.router", folder) for layer in layers]))
+    set_router_rows(
+        model, torch.stack([_take(tensors, f"layers.{layer}.router", folder) for layer in layers])
+    )
     for layer, name, adapter in shared_base_adapters(model):
         for factor in ("A", "B"):
             saved = _take(tensors, f"layers.{layer}.{name}.{factor}", folder)
@@ -139,7 +148,8 @@ def export_shared_base(model: nn.Module, folder: Path, *, shard_bytes: int = 4 *
         adapter = adapters[layer, projection]
         return adapter.A.detach(), adapter.B.detach()
 
-    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    plain = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     folder.mkdir(parents=True, exist_ok=True)
     written = write_checkpoint(
         moe_tensors(
@@ -172,7 +182,9 @@ def _dense_weight(model: nn.Module, name: str) -> Tensor:
         weight = getattr(module.base_layer, attribute)
         if attribute == "weight" and not module.merged:
             if not hasattr(module, "lora_A") or any(getattr(module, "use_dora", {}).values()):
-                raise MoEError(f"{path}: {type(module).__name__} is no plain LoRA; merge it before the export.")
+                raise MoEError(
+                    f"{path}: {type(module).__name__} is no plain LoRA; merge it before the export."
+                )
             for adapter in module.active_adapters:
                 delta = module.get_delta_weight(adapter).float()
                 weight = (weight.float() + delta).to(weight.dtype)

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from training_ready.moe.upcycle_shards import ShardedTensors
+from training_ready.moe.upcycle_shards import OutgoingTensor, ShardedTensors
 from training_ready.moe.upcycle_target import Target, carried, dense_projection
 
-_ROWS_AT_ONCE_BYTES = 64 * 2**20
+_ROWS_AT_ONCE_BYTES = 2**20
 
 
 class ExpertWeights(Protocol):
     """Gives the weight of one projection of one expert."""
 
-    experts: int
+    @property
+    def experts(self) -> int: ...
 
-    def weight(self, layer: int, projection: str, expert: int, base: Tensor) -> Tensor:
-        """(out, in), new memory, in the dtype of ``base``: the dense weight that it starts from."""
+    def put(self, out: Tensor, layer: int, projection: str, expert: int, base: Tensor) -> None:
+        """Write the weight into ``out`` (out, in); ``base``: the dense weight of that projection."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,9 +38,9 @@ class LowRankExperts:
     factors: Callable[[int, str], tuple[Tensor, Tensor]]
     """(layer, projection) -> A (E, r, in), B (E, out, r)."""
 
-    def weight(self, layer: int, projection: str, expert: int, base: Tensor) -> Tensor:
+    def put(self, out: Tensor, layer: int, projection: str, expert: int, base: Tensor) -> None:
         a, b = self.factors(layer, projection)
-        return add_low_rank(base, a[expert], b[expert], self.scaling)
+        put_low_rank(out, base, a[expert], b[expert], self.scaling)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,29 +55,26 @@ class BranchExperts:
     def experts(self) -> int:
         return self.low_rank.experts
 
-    def weight(self, layer: int, projection: str, expert: int, base: Tensor) -> Tensor:
+    def put(self, out: Tensor, layer: int, projection: str, expert: int, base: Tensor) -> None:
         checkpoint = self.checkpoints.get(expert)
         if checkpoint is None:
-            return self.low_rank.weight(layer, projection, expert, base)
-        with checkpoint:  # closed again: every open shard that was read counts as memory
-            name = f"model.layers.{layer}.mlp.{projection}.weight"
-            return checkpoint.get(name).to(base.dtype, copy=True)
+            self.low_rank.put(out, layer, projection, expert, base)
+            return
+        out.copy_(checkpoint.get(f"model.layers.{layer}.mlp.{projection}.weight"))
 
 
 @torch.no_grad()
-def add_low_rank(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``base + scaling * b @ a`` summed in fp32 and rounded once: (out, in), (r, in), (out, r) -> (out, in).
+def put_low_rank(out: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """``out = base + scaling * b @ a`` summed in fp32 and rounded once: (out, in), (r, in), (out, r).
 
     A few rows at a time, so that no second weight in fp32 stands beside the first.
     """
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
     rows = max(1, _ROWS_AT_ONCE_BYTES // (4 * base.shape[1]))
     a = a.to(base.device, torch.float32)
     for start in range(0, base.shape[0], rows):
         part = slice(start, start + rows)
-        delta = b[part].to(base.device, torch.float32) @ a
-        out[part] = (base[part].float() + scaling * delta).to(base.dtype)
-    return out
+        summed = base[part].to(torch.float32, copy=True)
+        out[part] = summed.addmm_(b[part].to(base.device, torch.float32), a, alpha=scaling)
 
 
 def moe_tensors(
@@ -86,21 +85,27 @@ def moe_tensors(
     target: Target,
     experts: ExpertWeights,
     routers: Iterable[Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """The target's checkpoint as a stream of (name, tensor) on the CPU.
+) -> Iterator[OutgoingTensor]:
+    """The target's checkpoint, tensor by tensor.
 
     ``names`` and ``get``: the dense model, in the order in which it is read best. ``routers``: (E, H) of each
     layer; they leave first and take the dtype of the embeddings.
     """
     dtype = get("model.embed_tokens.weight").dtype
     for layer, rows in enumerate(routers):
-        yield target.router(layer), rows.detach().to("cpu", dtype, copy=True)
+        yield OutgoingTensor(target.router(layer), rows.shape, dtype, partial(torch.Tensor.copy_, other=rows))
     for name in names:
         projection = dense_projection(name)
         if projection is not None:
             base = get(name)
             for expert in range(experts.experts):
-                weight = experts.weight(*projection, expert, base)
-                yield target.expert(projection[0], expert, projection[1]), weight.cpu()
+                outgoing = target.expert(projection[0], expert, projection[1])
+                put = partial(
+                    experts.put, layer=projection[0], projection=projection[1], expert=expert, base=base
+                )
+                yield OutgoingTensor(outgoing, base.shape, base.dtype, put)
+            del base, put  # let go before the next is read
         elif carried(name, config):
-            yield name, get(name).detach().to("cpu", copy=True)
+            tensor = get(name)
+            yield OutgoingTensor(name, tensor.shape, tensor.dtype, partial(torch.Tensor.copy_, other=tensor))
+            del tensor

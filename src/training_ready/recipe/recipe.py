@@ -16,6 +16,7 @@ from training_ready.recipe.interpolate import escape
 from training_ready.recipe.sections import (
     SECTIONS,
     BudgetSection,
+    CheckpointSection,
     DataSection,
     LaunchSection,
     ModelSection,
@@ -41,6 +42,7 @@ class Recipe:
     stream: StreamSection
     model: ModelSection
     moe: MoeSection
+    checkpoint: CheckpointSection
     budget: BudgetSection
     release: ReleaseSection
     launch: LaunchSection

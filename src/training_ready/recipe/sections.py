@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Stage = Literal[
     "stage1_foundation", "stage2_therapeutic_expertise", "stage3_edge_stress_test", "stage4_voice_persona"
@@ -38,13 +39,55 @@ class DataSection(Section):
     )
 
 
-class StreamSection(Section):
-    """How rows become packs."""
+class MixturePart(Section):
+    """Rows that share a weight."""
 
-    overlong: Literal["truncate", "drop", "error"] = Field(
+    corpus: str | None = Field(
+        None, min_length=1, description="Manifest of their corpus; null: `data.corpus`."
+    )
+    split: str | None = Field(None, min_length=1, description="Their split; null: `data.train_split`.")
+    sources: list[str] | None = Field(None, min_length=1, description="Rows of these source families only.")
+    stages: list[Stage] | None = Field(None, min_length=1, description="Rows of these stages only.")
+    components: list[str] | None = Field(
+        None, min_length=1, description="Rows with one of these component annotations only."
+    )
+    weight: float | None = Field(None, ge=0, description="Share of the mixture; null in all parts: their own sizes.")
+    max_epochs: float | None = Field(
+        None, gt=0, description="Passes after which the part is used up and the others take its place."
+    )
+
+
+class CurriculumStep(Section):
+    """The weights of the mixture from a step on."""
+
+    from_step: int = Field(ge=1, description="The first optimizer step (0 is the first of the run).")
+    weights: dict[str, float] = Field(description="New weights by part; the others keep theirs.")
+
+
+class StreamSection(Section):
+    """How rows become packs, and in which order."""
+
+    mixture: dict[str, MixturePart] | None = Field(
+        None,
+        min_length=1,
+        description="Parts of corpora by name, each `{corpus, split, sources, stages, components, weight, "
+        "max_epochs}`, all optional; null: `data.corpus` alone.",
+    )
+    mixture_by: Literal["tokens", "rows"] = Field(
+        "tokens", description="What the weights of the mixture are shares of."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Weights become weight ** (1 / temperature); above 1 evens parts out."
+    )
+    curriculum: list[CurriculumStep] | None = Field(
+        None,
+        min_length=1,
+        description="Later mixtures, each `{from_step, weights: {part: weight}}`, in the order of their steps.",
+    )
+    overlong: Literal["truncate", "split_turns", "drop", "error"] = Field(
         "truncate",
-        description="A conversation longer than `max_length`: cut its end, leave it out, or stop the run. "
-        "Each is counted.",
+        description="A conversation longer than `max_length`: cut its end, make several rows of it between turns, "
+        "leave it out, or stop the run. Each is counted.",
     )
     max_truncated: float = Field(
         0.01,
@@ -56,6 +99,30 @@ class StreamSection(Section):
         8,
         ge=1,
         description="Blocks of rows shuffled and packed together; more mixes better and needs more memory.",
+    )
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="Stretches of an epoch that are read side by side; ranks share them out. It must divide the "
+        "global batch; null: the largest divisor up to 16.",
+    )
+    resume_allow: list[
+        Literal[
+            "manifests",
+            "tokens",
+            "global_batch",
+            "mixture",
+            "overlong",
+            "max_length",
+            "packing",
+            "seed",
+            "blocks_per_group",
+            "lanes",
+        ]
+    ] = Field(
+        [],
+        description="What may have changed since the checkpoint that a run continues from; its position then counts "
+        "in the new order, so rows may come twice or not at all in the epoch that is open.",
     )
 
 
@@ -81,10 +148,14 @@ class ExpertAdaptersSection(Section):
     """Low-rank adapters on the experts, beside `use_peft` for the other layers; the experts stay frozen."""
 
     rank: int = Field(ge=1, description="Rank of each expert's adapters; with `use_peft` equal to `lora_r`.")
-    alpha: float = Field(gt=0, description="Scale, divided by the rank; with `use_peft` equal to `lora_alpha`.")
+    alpha: float = Field(
+        gt=0, description="Scale, divided by the rank; with `use_peft` equal to `lora_alpha`."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs while training.")
     projections: list[Literal["gate_up_proj", "down_proj"]] = Field(
-        ["gate_up_proj", "down_proj"], min_length=1, description="Which of an expert's projections are adapted."
+        ["gate_up_proj", "down_proj"],
+        min_length=1,
+        description="Which of an expert's projections are adapted.",
     )
 
 
@@ -136,6 +207,33 @@ class MoeSection(Section):
     )
 
 
+class CheckpointSection(Section):
+    """Where checkpoints live besides the run folder; `save_steps` and `save_total_limit` say when and how many."""
+
+    mirror: bool | str = Field(
+        False,
+        description="Copy each complete checkpoint to the bucket in the background, so that any machine can go on "
+        "from it. true: `runs/<run_name>/` in the bucket of checkpoints (`OVH_S3_CHECKPOINT_BUCKET`); an `s3://` "
+        "address: below that.",
+    )
+    keep_remote: int | None = Field(
+        None, ge=1, description="Newest checkpoints that stay in the bucket; null: all of them."
+    )
+    patience_minutes: float = Field(
+        15.0,
+        gt=0,
+        description="Minutes without any success at the bucket after which a checkpoint's upload is given up. Training "
+        "goes on; the run fails at its end if the last one is not in the bucket.",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _address(cls, mirror: bool | str) -> bool | str:
+        if isinstance(mirror, str) and not re.fullmatch(r"s3://[^/]+/.+", mirror):
+            raise ValueError("expected true, false or an address such as s3://bucket/prefix")
+        return mirror
+
+
 class BudgetSection(Section):
     """What the run may cost."""
 
@@ -158,8 +256,8 @@ class ReleaseSection(Section):
     repo_id: str | None = Field(None, pattern=_REPOSITORY, description="Repository on the hub: `owner/name`.")
     target: Literal["hf", "vllm", "tgi", "gguf", "ollama", "adapter"] = Field(
         "hf",
-        description="What will serve the release: transformers, vLLM, TGI 3.3.7, llama.cpp, ollama, or an engine that adds "
-        "the adapter to its base.",
+        description="What will serve the release: transformers, vLLM, TGI 3.3.7, llama.cpp, ollama, or an engine that "
+        "adds the adapter to its base.",
     )
     private: bool = Field(True, description="Create the repository private.")
     license: str | None = Field(
@@ -199,6 +297,11 @@ class LaunchSection(Section):
     num_processes: int | None = Field(
         None, ge=1, description="Processes of the run; null: what the topology says."
     )
+    gpu_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of one GPU in GiB, for `training-ready check`; null: that of `launch.ovh.flavor`.",
+    )
     ovh: OvhSection | None = Field(None, description="The job on OVHcloud; null: this machine.")
 
 
@@ -207,6 +310,7 @@ SECTIONS: dict[str, type[Section]] = {
     "stream": StreamSection,
     "model": ModelSection,
     "moe": MoeSection,
+    "checkpoint": CheckpointSection,
     "budget": BudgetSection,
     "release": ReleaseSection,
     "launch": LaunchSection,

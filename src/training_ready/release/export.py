@@ -67,15 +67,34 @@ def load_checkpoint(
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
     if not (checkpoint / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval(), tokenizer
-    from peft import PeftModel
-
     base = json.loads((checkpoint / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, revision=base_revision or "main", **options)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ExportError(
             f"the tokenizer of {checkpoint} has tokens that the base model {base} has no embedding for"
         )
-    return PeftModel.from_pretrained(model, checkpoint).merge_and_unload(safe_merge=True).eval(), tokenizer
+    return _merged(model, checkpoint).eval(), tokenizer
+
+
+def _merged(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """The model with the checkpoint's adapters in its weights: those of experts by our exact sum, others by PEFT."""
+    from peft import PeftConfig, PeftModel
+
+    from training_ready.moe.adapter_files import adapts_experts, load_expert_adapters
+    from training_ready.moe.experts_lora import merge_expert_adapters
+
+    if not adapts_experts(checkpoint):
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, checkpoint).merge_and_unload(safe_merge=True)
+        return merged
+    others = load_expert_adapters(model, checkpoint)
+    merge_expert_adapters(model)
+    if not others:
+        return model
+    config = PeftConfig.from_pretrained(checkpoint)
+    config.target_parameters = None  # merged already; PEFT leaves their tensors in the file unread
+    adapted = PeftModel.from_pretrained(model, checkpoint, config=config)
+    whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return whole
 
 
 def write_release(

@@ -50,6 +50,14 @@ class SourceFacts(_Facts):
         return self
 
 
+class CorpusFacts(_Facts):
+    """A further corpus of the mixture."""
+
+    corpus: Text
+    manifest_uri: Text
+    manifest_sha256: Sha256
+
+
 class DataFacts(_Facts):
     corpus: Text
     manifest_uri: Text
@@ -57,6 +65,18 @@ class DataFacts(_Facts):
     target_role: Literal["assistant", "user"]
     splits: dict[str, Count]
     sources: list[SourceFacts] = Field(min_length=1)
+    other_corpora: list[CorpusFacts] = []
+
+
+class PartFacts(_Facts):
+    """What was trained of one part of the mixture, all epochs together."""
+
+    name: Text
+    packs: Count
+    epochs: float
+    rows: Count
+    tokens: Count
+    learned_tokens: Count
 
 
 class TokenFacts(_Facts):
@@ -65,10 +85,15 @@ class TokenFacts(_Facts):
     learned_tokens: Count
     truncated_rows: Count
     truncated_tokens: Count
+    dropped_rows: Count = 0
+    dropped_tokens: Count = 0
+    split_rows: Count = 0
+    split_pieces: Count = 0
     packs: Count
     pack_fill: Share
     trained_tokens: Count
     trained_learned_tokens: Count
+    trained_parts: list[PartFacts] = []
 
 
 class LossFacts(_Facts):

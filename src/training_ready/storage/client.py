@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from training_ready.storage.budget import budget_of
 from training_ready.storage.errors import SettingsError
 from training_ready.storage.settings import StorageSettings
 
@@ -51,7 +52,7 @@ def make_client(settings: StorageSettings) -> S3Client:
     )
     try:
         # A session of its own: boto3's default session may not be shared between threads.
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             endpoint_url=settings.endpoint_url,
             region_name=settings.signing_region,
@@ -62,6 +63,14 @@ def make_client(settings: StorageSettings) -> S3Client:
         )
     except (BotoCoreError, ValueError) as error:
         raise SettingsError(f"No client for {settings.endpoint_name}: {error}") from error
+    budget = budget_of(settings.endpoint_name)
+
+    def wait_for_turn(request: Any, **_: Any) -> None:
+        budget.take(request.method)
+
+    # At the last moment before the wire, so that botocore's own retries and the parts of uploads wait too.
+    client.meta.events.register("before-send.s3", wait_for_turn)
+    return client
 
 
 def client_for(settings: StorageSettings) -> S3Client:

@@ -58,6 +58,11 @@ def is_expired(error: Exception) -> bool:
     return isinstance(error, ClientError) and code_of(error) in _EXPIRED
 
 
+def is_wordless_refusal(error: ClientError) -> bool:
+    """A HEAD is refused without a body, so that an expired token cannot be told from a wrong one."""
+    return error.operation_name.startswith("Head") and status_of(error) in (400, 401, 403)
+
+
 def is_missing(error: Exception) -> bool:
     return isinstance(error, ClientError) and status_of(error) == 404
 
@@ -98,6 +103,11 @@ def _answered(error: ClientError, *, what: str, operation: str, uri: str, keys_f
         return StorageError(
             f"{what}: the server rejects the credentials ({code}). They come from {keys_from}: "
             "check that both belong together, to this endpoint and to this region."
+        )
+    if is_wordless_refusal(error) and status != 403:
+        return StorageError(
+            f"{what}: HTTP {status}, and the answer to a HEAD has no word of why. Most often the credentials from "
+            f"{keys_from} have expired or belong to another region: training-ready data verify"
         )
     if status == 403:
         permission = PERMISSIONS.get(operation, f"s3:{operation}")

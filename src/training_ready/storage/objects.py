@@ -20,17 +20,20 @@ from training_ready.storage.errors import (
     code_of,
     is_expired,
     is_missing,
+    is_wordless_refusal,
     no_bucket,
     status_of,
     translate,
 )
 from training_ready.storage.fingerprint import Fingerprint, part_bytes
 from training_ready.storage.settings import StorageSettings
+from training_ready.storage.traffic import Traffic
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
+    from training_ready.storage.disk_cache import DiskCache
     from training_ready.storage.reader import RangedReader
 
 __all__ = ["ObjectChanged", "ObjectInfo", "ObjectNotFound", "ObjectStore", "StorageError"]
@@ -54,18 +57,29 @@ class ObjectInfo:
 
 
 class ObjectStore:
-    """One bucket. Safe to share between threads, to pickle, and to use after a fork."""
+    """One bucket. Safe to share between threads, to pickle, and to use after a fork.
 
-    def __init__(self, settings: StorageSettings, bucket: str | None = None) -> None:
+    With a ``cache``, what readers fetch is kept on the local disk and shared by the machine's processes.
+    """
+
+    def __init__(
+        self, settings: StorageSettings, bucket: str | None = None, *, cache: DiskCache | None = None
+    ) -> None:
         self.settings = settings
         self.bucket = bucket or settings.bucket
+        self.cache = cache
+        self.traffic = Traffic()
         self.has_answered = False  # whether this bucket ever did
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.uri('')!r} at {self.settings.endpoint_name!r})"
 
-    def __reduce__(self) -> tuple[type[ObjectStore], tuple[StorageSettings, str]]:
-        return ObjectStore, (self.settings, self.bucket)
+    def __reduce__(self) -> tuple[Callable[..., ObjectStore], tuple[StorageSettings, str, DiskCache | None]]:
+        return _restored, (self.settings, self.bucket, self.cache)
+
+    def with_cache(self, cache: DiskCache | None) -> ObjectStore:
+        """The same bucket, read through a cache on the local disk."""
+        return ObjectStore(self.settings, self.bucket, cache=cache)
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
@@ -84,11 +98,12 @@ class ObjectStore:
 
     def attempt(self, request: Callable[[S3Client], Result]) -> Result:
         """Run one request with botocore's own errors; renew an expired token from the environment once."""
+        used = self.settings  # another thread may renew them meanwhile
         try:
-            result = request(client_for(self.settings))
+            result = request(client_for(used))
         except ClientError as error:
-            renewed = self.settings.reread() if is_expired(error) else self.settings
-            if renewed == self.settings:
+            renewed = used.reread() if is_expired(error) or is_wordless_refusal(error) else used
+            if renewed == used:
                 raise
             self.settings = renewed
             result = request(client_for(renewed))
@@ -185,8 +200,8 @@ class ObjectStore:
         return RangedReader(self, key, **reading)
 
     def get_bytes(self, key: str) -> bytes:
-        """The whole object. For objects that fit in memory."""
-        with self.open(key) as reader:
+        """The whole object, compared with its MD5 where its ETag is one. For objects that fit in memory."""
+        with self.open(key, compare=True) as reader:
             return reader.read()
 
     def put_bytes(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -250,6 +265,10 @@ class ObjectStore:
         self.call(
             "DeleteObject", key, lambda client: client.delete_object(Bucket=self.bucket, Key=check_key(key))
         )
+
+
+def _restored(settings: StorageSettings, bucket: str, cache: DiskCache | None) -> ObjectStore:
+    return ObjectStore(settings, bucket, cache=cache)
 
 
 def _page(client: S3Client, *, bucket: str, prefix: str, token: str) -> ListObjectsV2OutputTypeDef:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -13,6 +15,7 @@ from urllib3.exceptions import HTTPError
 from training_ready.storage.errors import ObjectChanged, StorageError, is_passing, status_of
 
 if TYPE_CHECKING:
+    from training_ready.storage.disk_cache import DiskCache
     from training_ready.storage.objects import ObjectInfo, ObjectStore
 
 
@@ -42,7 +45,7 @@ def pin(store: ObjectStore, key: str, patience: float) -> ObjectInfo:
         ObjectNotFound: there is no such object.
         StorageError: the store does not answer, or names no version of its objects.
     """
-    waiting = Patience(patience)
+    waiting, nameless = Patience(patience), Patience(min(patience, 3.0))
     while True:
         try:
             info = store.head(key)
@@ -50,6 +53,8 @@ def pin(store: ObjectStore, key: str, patience: float) -> ObjectInfo:
             if not (store.has_answered and is_passing(error.__cause__) and waiting.pause()):
                 raise
             continue
+        if not info.etag and nameless.pause():
+            continue  # rclone names none while the object is being replaced
         if not info.etag:
             raise StorageError(
                 f"{store.uri(key)} has no ETag: its versions cannot be told apart while it is read."
@@ -87,11 +92,13 @@ class RangeFetcher:
                         f"{self._uri}: no byte for {self._patience:g} s at offset {start + len(received)} of "
                         f"{self._info.size} ({type(error).__name__}: {error}). Check the network and the endpoint."
                     ) from error
+                self._store.traffic.add(retries=1)
         return bytes(received)
 
     def _request(self, start: int, stop: int, into: bytearray) -> None:
         """One GET; what arrives before it breaks off is kept."""
-        etag, size = self._info.etag, self._info.size
+        etag, size, before = self._info.etag, self._info.size, len(into)
+        self._store.traffic.add(requests=1)
         reply = self._store.attempt(
             lambda client: client.get_object(
                 Bucket=self._store.bucket,
@@ -114,6 +121,7 @@ class RangeFetcher:
             for chunk in body.iter_chunks(256 << 10):
                 into += chunk
         finally:
+            self._store.traffic.add(bytes=len(into) - before)
             body.close()
 
     def _changed(self, etag: str, offset: int) -> ObjectChanged:
@@ -128,3 +136,29 @@ class RangeFetcher:
             now = {404: "gone", 412: "another (the server does not say which)", 416: "shorter"}[status]
             return self._changed(now, offset)
         return self._store.translated(error, "GetObject", self._info.key)
+
+
+class CachedFetcher:
+    """Fetches ranges of one pinned object in whole blocks that stay on the local disk. Safe for several threads."""
+
+    def __init__(self, store: ObjectStore, info: ObjectInfo, patience: float, cache: DiskCache) -> None:
+        self._fetcher = RangeFetcher(store, info, patience)
+        self._cache, self._size, self._traffic = cache, info.size, store.traffic
+        version = (store.settings.endpoint_name, store.bucket, info.key, info.etag, str(info.size))
+        self._version = hashlib.sha256("\0".join(version).encode()).hexdigest()[:40]
+
+    def fetch(self, start: int, stop: int, wanted: Callable[[], bool]) -> bytes:
+        """The bytes [start, stop), as :meth:`RangeFetcher.fetch`."""
+        block_bytes, parts = self._cache.block_bytes, []
+        for number in range(start // block_bytes, (stop - 1) // block_bytes + 1):
+            first = number * block_bytes
+            last = min(first + block_bytes, self._size)
+            data, here = self._cache.block(
+                f"{self._version}-{number:x}", partial(self._fetcher.fetch, first, last, wanted)
+            )
+            if here:
+                self._traffic.add(cache_hits=1, cached_bytes=len(data))
+            else:
+                self._traffic.add(cache_misses=1)
+            parts.append(data[max(0, start - first) : stop - first])
+        return b"".join(parts)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from training_ready.storage.ranges import RangeFetcher, pin
+from training_ready.storage.errors import StorageError
+from training_ready.storage.ranges import CachedFetcher, RangeFetcher, pin
 
 if TYPE_CHECKING:
     from training_ready.storage.objects import ObjectStore
@@ -37,6 +40,8 @@ class RangedReader(io.RawIOBase):
 
     Reads that continue one another are fetched ahead: as far as was read in one go so far, ``in_flight`` ranges
     of ``range_bytes`` at most. A jump fetches what was asked for. Not for two threads at once.
+
+    If the store has a cache, ranges are cut out of whole blocks on the local disk, fetched where they are missing.
     """
 
     def __init__(
@@ -47,12 +52,15 @@ class RangedReader(io.RawIOBase):
         range_bytes: int = 4 * _MIB,
         in_flight: int = 8,
         ahead: bool = True,
+        compare: bool = False,
         patience: float = 300.0,
     ) -> None:
         """Open the object.
 
         Args:
             ahead: fetch ahead of sequential reads; False fetches only what is asked for (at least 64 KiB).
+            compare: if the whole object is read in order, its bytes must have the MD5 that its ETag is, where the
+                ETag is one; a jump past unread bytes ends that.
             patience: seconds without a single byte after which a range gives up.
 
         Raises:
@@ -65,7 +73,11 @@ class RangedReader(io.RawIOBase):
             )
         self.info = pin(store, key, patience)
         self.name = store.uri(key)
-        self._fetcher = RangeFetcher(store, self.info, patience)
+        self._fetcher: RangeFetcher | CachedFetcher = (
+            CachedFetcher(store, self.info, patience, store.cache)
+            if store.cache
+            else RangeFetcher(store, self.info, patience)
+        )
         self._range_bytes, self._ahead = range_bytes, ahead
         self._window = range_bytes * in_flight
         self._position = 0
@@ -74,6 +86,9 @@ class RangedReader(io.RawIOBase):
         self._segments: deque[_Segment] = deque()
         self._plans = 0  # fetches that belong to an older plan may give up
         self._pid = os.getpid()
+        self._compared = 0  # bytes from the beginning on that went into the digest
+        comparable = self.info.etag_is_hash and re.fullmatch("[0-9a-f]{32}", self.info.etag)
+        self._digest = hashlib.md5(usedforsecurity=False) if compare and comparable else None
 
     def readable(self) -> bool:
         return True
@@ -99,7 +114,22 @@ class RangedReader(io.RawIOBase):
         done = 0
         while done < wanted:
             done += self._read_window(view[done : min(wanted, done + self._window)])
+        if self._digest is not None and done:
+            self._compare(view[:done])
         return done
+
+    def _compare(self, just_read: memoryview) -> None:
+        assert self._digest is not None  # noqa: S101
+        begin = self._position - len(just_read)
+        if not begin <= self._compared < self._position:
+            return
+        self._digest.update(just_read[self._compared - begin :])
+        self._compared = self._position
+        if self._compared == self.info.size and self._digest.hexdigest() != self.info.etag:
+            raise StorageError(
+                f"{self.name}: its bytes 0 to {self.info.size} have the MD5 {self._digest.hexdigest()}, its ETag is "
+                f"{self.info.etag}: damaged on the way or in the store. Read it again; then upload it again."
+            )
 
     def readall(self) -> bytes:
         """The rest of the object."""

@@ -1,1 +1,21 @@
-"""Which tokens come next? Corpus shards → rows → chat template → tokens → packs, in an order that resumes exactly."""
+"""Which tokens come next? Corpus shards → rows → chat template → tokens → packs, in an order that resumes exactly.
+
+``training_ready.stream.load`` gives the packs of a corpus as a ``datasets.IterableDataset``, without any trainer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training_ready.stream.loading import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from training_ready.stream.loading import load  # imports datasets, which takes seconds
+
+    return load

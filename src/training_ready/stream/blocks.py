@@ -22,6 +22,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from training_ready.storage.objects import ObjectStore
@@ -43,6 +44,7 @@ TOKEN_SCHEMA = pa.schema(
 )
 _READ = ("input_ids", "learned")
 _OPEN_SHARDS = 64
+_MADE_AGAIN = "Start again; if that is no help, delete the corpus's tokens/ folder: they are made again."
 
 
 class TokenBlock:
@@ -80,14 +82,18 @@ class BlockReader:
         """
         shard, local = self._index.home_of(block)
         lock, file = self._shard(shard)
-        with lock:  # a Parquet file is not for two threads at once
-            table = file.read_row_group(local, columns=list(_READ))
-        expected = int(self._index.block_rows[block])
-        if table.num_rows != expected:
+        where = f"{self._store.uri(self._index.shards[shard])}: row group {local}"
+        try:
+            with lock:  # a Parquet file is not for two threads at once
+                table = file.read_row_group(local, columns=list(_READ))
+        except (pa.ArrowException, OSError) as error:  # a page without its checksum, most likely
+            begin = file.metadata.row_group(local).column(0).data_page_offset
             raise StreamError(
-                f"{self._store.uri(self._index.shards[shard])}: row group {local} holds {table.num_rows} rows, the "
-                f"index says {expected}. Delete the corpus's tokens/ folder; they are made again."
-            )
+                f"{where} (from byte {begin}) cannot be read: {error}. {_MADE_AGAIN}"
+            ) from error
+        expected = self._index.lengths[slice(*self._index.block_starts[block : block + 2])]
+        if not np.array_equal(pc.list_value_length(table[_READ[0]]).to_numpy(), expected):
+            raise StreamError(f"{where} holds other rows than the index says. {_MADE_AGAIN}")
         with self._lock:
             self.bytes_read += int(self._index.block_bytes[block])
             self.blocks_read += 1
@@ -98,7 +104,13 @@ class BlockReader:
             if shard not in self._open:
                 source = self._store.open(self._index.shards[shard], ahead=False)
                 reader = io.BufferedReader(source, buffer_size=1 << 20)
-                file = pq.ParquetFile(reader, page_checksum_verification=True)
+                try:
+                    file = pq.ParquetFile(reader, page_checksum_verification=True)
+                except (pa.ArrowException, OSError) as error:
+                    raise StreamError(
+                        f"{source.name}: the footer, up to byte {source.info.size}, cannot be read: {error}. "
+                        + _MADE_AGAIN
+                    ) from error
                 self._open[shard] = threading.Lock(), file
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)

@@ -5,99 +5,146 @@ Example of what one item holds, for a pack of two conversations of 3 and 2 token
     input_ids    [5, 6, 7, 8, 9]
     labels       [-100, 6, 7, -100, 9]
     seq_lengths  [3, 2]
+
+After the last pack of a plan that has an end come empty packs, to fill the last global batch: one token, not learned.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from datasets import IterableDataset
 from datasets.iterable_dataset import _BaseExamplesIterable
 
-from training_ready.stream.plan import Group, PackPlan, Row
+from training_ready.stream.groups import PackReader
+from training_ready.stream.plan import positions
 from training_ready.stream.render import RenderedConversation
 from training_ready.stream.shards import StreamError
 
 IGNORED_LABEL = -100
+_EMPTY_TOKEN = 0  # any token: it is not learned, and attention keeps it apart from every conversation
 
 
 def pack_stream(
-    plan: PackPlan, *, position: int = 0, rank: int = 0, world_size: int = 1, micro_batch: int = 1
+    packs: PackReader,
+    *,
+    global_batch: int = 1,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    fill_last_batch: bool = True,
 ) -> IterableDataset:
-    """An endless stream of packs, or one rank's share of it.
-
-    The packs of global position ``m * world_size * micro_batch + rank * micro_batch + i`` (``i < micro_batch``) belong
-    to ``rank``: every optimizer step covers the same packs whatever the number of ranks.
+    """The packs of a plan, or one rank's share of them: ``global_batch / world_size`` of every global batch.
 
     Args:
-        position: global position to start from.
-        micro_batch: packs that a rank takes at a time (its per-device batch size).
+        position: packs of all ranks before the first one; the beginning of a global batch.
+        fill_last_batch: False ends with the last pack instead of empty ones (of use on one rank only).
     """
+    packs.plan.check_divides(world_size, global_batch)
     return IterableDataset(
         ex_iterable=PackIterable(
-            plan, position=position, rank=rank, world_size=world_size, micro_batch=micro_batch
+            packs,
+            position=position,
+            rank=rank,
+            world_size=world_size,
+            global_batch=global_batch,
+            fill_last_batch=fill_last_batch,
         )
     )
 
 
 class PackIterable(_BaseExamplesIterable):
-    """Packs from a position on. ``state_dict()`` of the data set holds that position and the plan's fingerprint."""
+    """One rank's packs from a position on.
+
+    ``state_dict()`` of the data set holds the position of the global batch, the packs taken of it by this rank, and
+    the plan's identity. At the beginning of a global batch it serves any number of ranks.
+    """
 
     def __init__(
-        self, plan: PackPlan, *, position: int, rank: int, world_size: int, micro_batch: int
+        self,
+        packs: PackReader,
+        *,
+        position: int,
+        rank: int,
+        world_size: int,
+        global_batch: int,
+        fill_last_batch: bool,
     ) -> None:
         super().__init__()
         self._state_dict: dict[str, Any] | None = None
-        self._plan, self._start = plan, position
-        self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
+        self._plan, self._reader, self._start = packs.plan, packs, position
+        self._rank, self._world_size, self._global_batch = rank, world_size, global_batch
+        self._fill_last_batch = fill_last_batch
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        position = self._start
-        if self._state_dict:
-            if self._state_dict["plan"] != self._plan.fingerprint:
-                raise StreamError(
-                    "the saved stream position belongs to another stream (other shards, tokenizer, template, seed or "
-                    f"pack length): saved plan {self._state_dict['plan'][:12]}, this plan {self._plan.fingerprint[:12]}"
-                )
-            position = self._state_dict["position"]
-        for pack_position, rows in self._packs(position):
-            if self._is_mine(pack_position):
-                if self._state_dict:
-                    self._state_dict["position"] = pack_position + 1
-                yield str(pack_position), _example(rows)
+        start, taken = self._resumed()
+        mine = self._global_batch // self._world_size
+        last = self._plan.last_position()
+        packs = self._reader.read(
+            (position, self._plan.address(position)) for position in self._positions(start, taken, last)
+        )
+        while True:
+            began = time.monotonic()
+            found = next(packs, None)
+            if found is None:
+                return
+            position, rows = found
+            example = _example(rows)
+            self._reader.waited += time.monotonic() - began
+            taken += 1
+            if self._state_dict:
+                whole, rest = divmod(taken, mine)
+                self._state_dict["position"] = start + whole * self._global_batch
+                self._state_dict["taken"] = rest
+            yield str(position), example
 
-    def _is_mine(self, position: int) -> bool:
-        return position // self._micro_batch % self._world_size == self._rank
+    def _positions(self, start: int, taken: int, last: int | None) -> Iterator[int]:
+        endless = positions(
+            self._plan,
+            start=start,
+            rank=self._rank,
+            world_size=self._world_size,
+            global_batch=self._global_batch,
+        )
+        for number, position in enumerate(endless):
+            if last is not None and position >= last:
+                if position // self._global_batch * self._global_batch >= last:
+                    return
+                if not self._fill_last_batch:
+                    continue
+            if number >= taken:
+                yield position
 
-    def _packs(self, position: int) -> Iterator[tuple[int, list[RenderedConversation]]]:
-        epoch, group_index, offset = self._plan.locate(position)
-        groups = self._plan.groups_from(epoch, group_index)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream") as ahead:
-            coming = ahead.submit(self._read, next(groups))
-            while True:
-                group, rows = coming.result()
-                coming = ahead.submit(
-                    self._read, next(groups)
-                )  # the next group is fetched while this one is used
-                for pack in group.packs[offset:]:
-                    yield position, [rows[row] for row in pack]
-                    position += 1
-                offset = 0
-
-    def _read(self, group: Group) -> tuple[Group, dict[Row, RenderedConversation]]:
-        rows: dict[Row, RenderedConversation] = {}
-        for block in group.blocks:
-            shard, local = self._plan.home_of(block)
-            for row, conversation in enumerate(shard.read_block(local)):
-                rows[block, row] = conversation
-        return group, rows
+    def _resumed(self) -> tuple[int, int]:
+        """(position of a global batch, packs of it already taken by this rank)."""
+        state = self._state_dict
+        if not state:
+            return self._start, 0
+        if state["plan"] != self._plan.fingerprint:
+            raise StreamError(
+                "the saved stream position belongs to another stream (other shards, tokenizer, template, mixture, seed "
+                f"or pack length): saved plan {state['plan'][:12]}, this plan {self._plan.fingerprint[:12]}"
+            )
+        if state["taken"] and (state["world_size"], state["global_batch"]) != (
+            self._world_size,
+            self._global_batch,
+        ):
+            raise StreamError(
+                f"the state was saved after {state['taken']} packs of a global batch of {state['global_batch']} on "
+                f"{state['world_size']} ranks; only between global batches can it be continued on {self._world_size}"
+            )
+        state["world_size"], state["global_batch"] = self._world_size, self._global_batch
+        return state["position"], state["taken"]
 
     def _init_state_dict(self) -> dict[str, Any]:
         self._state_dict = {
             "position": self._start,
+            "taken": 0,
+            "world_size": self._world_size,
+            "global_batch": self._global_batch,
             "plan": self._plan.fingerprint,
             "type": type(self).__name__,
         }
@@ -123,6 +170,9 @@ class PackIterable(_BaseExamplesIterable):
 
 
 def _example(rows: list[RenderedConversation]) -> dict[str, Any]:
+    if not rows:
+        nothing = np.array([_EMPTY_TOKEN], dtype=np.int64)
+        return {"input_ids": nothing, "labels": np.array([IGNORED_LABEL]), "seq_lengths": [1]}
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     learned = np.concatenate([row.learned for row in rows])
     return {

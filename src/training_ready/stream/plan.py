@@ -1,171 +1,226 @@
-"""Which rows make pack number n? Computed from row lengths alone, without reading a token.
+"""Which rows make pack number n? Arithmetic over row lengths, without reading a token or the packs before it.
 
-The packs of all epochs stand in one endless sequence; a position is an index into it::
+The packs of all epochs of a part stand in one endless line. Its draw number d lies in epoch ``d // packs_per_epoch``;
+the epoch is cut into as many equal stretches as there are lanes, and the draws of a lane read its stretch in order::
 
-    epoch 0: group 0 packs | group 1 packs | ...   epoch 1: group 0 packs | ...
-    position 0 .. p0-1     | p0 ..                 packs_in_epoch(0) ..
+    epoch of a part   | group 7    | group 2      | group 0   | group 5    |
+    stretches, 4 lanes|  lane 0  |  lane 1   |  lane 2  |  lane 3          |   (lanes change places by epoch)
+    draw of lane 1 ───────────────► next pack of its stretch
 
-What a row's place is depends on the token shards, seed, pack length and group size, never on ranks, workers or
-batch size, so a run continues exactly on another number of machines.
+A position's pack depends on the token shards, mixture, seed, pack length, grouping and number of lanes; never on
+ranks, workers or where a run was stopped. Every rank takes equally many packs of every global batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from training_ready.stream.order import block_groups, generator
-from training_ready.stream.packs import best_fit_decreasing
+from training_ready.stream.lanes import Chapter, Lane
+from training_ready.stream.line import CellCounts, PackLine
+from training_ready.stream.order import Indices
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokens import TokenShard
 
-# A row: (block, row inside the block). A block: index over all blocks of all shards.
-Row = tuple[int, int]
+DEFAULT_LANES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackAddress:
+    """One pack: a part of the mixture, its epoch, a group of blocks, and the pack's number in it."""
+
+    part: int
+    epoch: int
+    group: int
+    pack: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """Blocks that are read together, and the packs made of their rows."""
+class PartCounts:
+    """What a stretch of the stream holds of one part. ``cells``: rows, tokens, learned tokens per cell."""
 
-    blocks: tuple[int, ...]
-    packs: list[list[Row]]
+    packs: int
+    epochs: float
+    cells: CellCounts
 
+    @property
+    def rows(self) -> int:
+        return int(self.cells[:, 0].sum())
 
-@dataclass(kw_only=True, slots=True)
-class TrainedCounts:
-    """What a stretch of the stream holds."""
+    @property
+    def tokens(self) -> int:
+        return int(self.cells[:, 1].sum())
 
-    packs: int = 0
-    rows: int = 0
-    tokens: int = 0
-    learned_tokens: int = 0
+    @property
+    def learned_tokens(self) -> int:
+        return int(self.cells[:, 2].sum())
 
 
 class PackPlan:
-    """The order of packs over all epochs of a set of token shards."""
+    """The order of packs, for ever or up to ``total``."""
 
     def __init__(
         self,
-        shards: Sequence[TokenShard],
+        parts: Mapping[str, PackLine],
         *,
-        max_length: int,
-        seed: int,
-        packing: bool = True,
-        blocks_per_group: int = 8,
-        stages: Sequence[str] | None = None,
-        shuffle: bool = True,
+        chapters: Sequence[Chapter],
+        lanes: int,
+        limits: Sequence[int | None] | None = None,
+        total: int | None = None,
     ) -> None:
         """
         Args:
-            max_length: tokens in a full pack.
-            stages: keep only rows of these stages; None keeps all.
-            shuffle: False keeps the order of the corpus (evaluation).
+            chapters: quotas of the parts, in the order of ``parts``; starts are indices of a lane.
+            limits: packs of each part at most, over all epochs; None without limit.
+            total: positions that hold a pack; later ones are empty.
+        """
+        self.parts = dict(parts)
+        self.lines = list(parts.values())
+        self.lanes, self.total = lanes, total
+        limits = limits or [None] * len(self.lines)
+        self._lanes = [Lane(lane, lanes, chapters, limits) for lane in range(lanes)]
+        order = [
+            [(name, line.fingerprint) for name, line in self.parts.items()],
+            [(chapter.start, chapter.quota) for chapter in chapters],
+            list(limits),
+            lanes,
+        ]
+        self.fingerprint = hashlib.sha256(json.dumps(order).encode()).hexdigest()
+
+    @property
+    def packs_per_pass(self) -> int:
+        """Packs of one epoch of every part."""
+        return sum(line.packs_per_epoch for line in self.lines)
+
+    def address(self, position: int) -> PackAddress | None:
+        """Where the pack of a position stands; None for an empty position after the last pack."""
+        index, lane = divmod(position, self.lanes)
+        drawn = None if self.total is not None and position >= self.total else self._lanes[lane].at(index)
+        if drawn is None:
+            return None
+        part, draw = drawn
+        line = self.lines[part]
+        epoch, at = divmod(draw, line.packs_per_epoch)
+        group, pack = line.locate(epoch, self._offset(line, at))
+        return PackAddress(part, epoch, group, pack)
+
+    def rows(self, address: PackAddress) -> Indices:
+        """The rows of a pack, as numbers in its line's index."""
+        return self.lines[address.part].packed(address.epoch, address.group).pack(address.pack)
+
+    def share(self, step: int, *, rank: int, world_size: int, global_batch: int) -> list[int]:
+        """The positions of one rank in one global batch: whole lanes where there are enough of them.
 
         Raises:
-            StreamError: no row is left to train on.
+            StreamError: the numbers do not divide.
         """
-        self.shards = list(shards)
-        self._max_length, self._seed = max_length, seed
-        self._packing, self._shuffle = packing, shuffle
-        self._blocks_per_group = blocks_per_group
-        self._block_home = [(s, b) for s, shard in enumerate(shards) for b in range(len(shard.block_rows))]
-        self._lengths, self._learned = _per_block(shards)
-        self._kept = _kept_rows(shards, stages)
-        self._groups: dict[tuple[int, int], Group] = {}
-        self._epoch_sizes: dict[int, list[int]] = {}
-        if not sum(len(rows) for rows in self._kept):
-            wanted = f"stages {sorted(stages)}" if stages else "the split"
-            raise StreamError(f"no row to train on: {wanted} is empty after the length policy")
-        identity = [[s.key for s in shards], max_length, seed, packing, blocks_per_group, stages, shuffle]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.check_divides(world_size, global_batch)
+        mine, per_lane = global_batch // world_size, global_batch // self.lanes
+        places = (divmod(n, per_lane) for n in range(rank * mine, (rank + 1) * mine))
+        return [step * global_batch + turn * self.lanes + lane for lane, turn in places]
 
-    def home_of(self, block: int) -> tuple[TokenShard, int]:
-        """The shard that holds a block, and the block's index there."""
-        shard, local = self._block_home[block]
-        return self.shards[shard], local
+    def check_divides(self, world_size: int, global_batch: int) -> None:
+        for name, number in (("ranks", world_size), ("stream.lanes", self.lanes)):
+            if global_batch % number:
+                raise StreamError(
+                    f"{name} ({number}) must divide the global batch of {global_batch} packs, so that every rank takes "
+                    f"equally many; {global_batch} = {global_batch // number} x {number} + {global_batch % number}"
+                )
 
-    def packs_in_epoch(self, epoch: int) -> int:
-        return sum(self._group_sizes(epoch))
-
-    def locate(self, position: int) -> tuple[int, int, int]:
-        """(epoch, group, pack inside the group) of a position."""
-        epoch = 0
-        while position >= (size := self.packs_in_epoch(epoch)):
-            position, epoch = position - size, epoch + 1
-        for group, size in enumerate(self._group_sizes(epoch)):
-            if position < size:
-                return epoch, group, position
-            position -= size
-        raise AssertionError("unreachable: the position lies inside the epoch")
-
-    def groups_from(self, epoch: int, group: int) -> Iterator[Group]:
-        """Groups in order, endlessly, starting at the given one."""
-        while True:
-            for index in range(group, len(self._group_sizes(epoch))):
-                yield self._group(epoch, index)
-            epoch, group = epoch + 1, 0
-
-    def count(self, packs: int) -> TrainedCounts:
-        """What the first ``packs`` packs of the stream hold."""
-        counts = TrainedCounts()
-        for group in self.groups_from(0, 0):
-            for pack in group.packs:
-                if counts.packs == packs:
-                    return counts
-                counts.packs += 1
-                counts.rows += len(pack)
-                counts.tokens += sum(int(self._lengths[block][row]) for block, row in pack)
-                counts.learned_tokens += sum(int(self._learned[block][row]) for block, row in pack)
-        raise AssertionError("unreachable: the stream has no end")
-
-    def _group_sizes(self, epoch: int) -> list[int]:
-        if epoch not in self._epoch_sizes:
-            groups = self._blocks_of(epoch)
-            self._epoch_sizes[epoch] = [len(self._group(epoch, index).packs) for index in range(len(groups))]
-        return self._epoch_sizes[epoch]
-
-    def _blocks_of(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        return block_groups(
-            len(self._block_home), self._blocks_per_group, seed=self._seed, epoch=epoch, shuffle=self._shuffle
+    def last_position(self) -> int | None:
+        """The number of positions until nothing is left; None for an endless plan."""
+        ends = [lane.end for lane in self._lanes]
+        # The last pack of a lane stands at index end − 1.
+        limited = (
+            None
+            if None in ends
+            else max((end - 1) * self.lanes + lane + 1 for lane, end in enumerate(ends) if end)
         )
+        known = [end for end in (self.total, limited) if end is not None]
+        return min(known) if known else None
 
-    def _group(self, epoch: int, index: int) -> Group:
-        blocks = tuple(self._blocks_of(epoch)[index].tolist())
-        rows: list[Row] = [(block, row) for block in blocks for row in self._kept[block].tolist()]
-        random = generator(self._seed, epoch, 1, index)
-        if self._shuffle:
-            rows = [rows[i] for i in random.permutation(len(rows))]
-        lengths = [int(self._lengths[block][row]) for block, row in rows]
-        if self._packing:
-            packs = [[rows[i] for i in pack] for pack in best_fit_decreasing(lengths, self._max_length)]
-        else:
-            packs = [[row] for row in rows]
-        if self._shuffle:  # best-fit-decreasing leaves the longest rows first
-            packs = [packs[i] for i in random.permutation(len(packs))]
-        return Group(blocks=blocks, packs=packs)
+    def steps(self, global_batch: int) -> int | None:
+        """Optimizer steps until nothing is left; None for an endless plan."""
+        last = self.last_position()
+        return None if last is None else math.ceil(last / global_batch)
+
+    def count(self, position: int) -> dict[str, PartCounts]:
+        """What the positions before ``position`` hold, per part."""
+        if self.total is not None:
+            position = min(position, self.total)
+        drawn = [
+            lane.drawn((position - number + self.lanes - 1) // self.lanes)
+            for number, lane in enumerate(self._lanes)
+        ]
+        return {
+            name: self._count_part(line, [of_lane[part] for of_lane in drawn])
+            for part, (name, line) in enumerate(self.parts.items())
+        }
+
+    def _count_part(self, line: PackLine, draws: Sequence[int]) -> PartCounts:
+        packs, per_epoch = sum(draws), line.packs_per_epoch
+        whole = min(draws) * self.lanes // per_epoch
+        cells = whole * line.epoch_counts
+        for lane, of_lane in enumerate(draws):
+            epoch, first = whole, self._first_draw(whole * per_epoch, lane)
+            while first < of_lane:
+                # The draws of this lane that fall into this epoch are one stretch of it.
+                stop = min(of_lane, self._first_draw((epoch + 1) * per_epoch, lane))
+                if stop > first:
+                    start = self._offset(line, first * self.lanes + lane - epoch * per_epoch)
+                    cells = cells + line.count_between(epoch, start, start + stop - first)
+                epoch, first = epoch + 1, stop
+        return PartCounts(packs=packs, epochs=packs / per_epoch, cells=cells)
+
+    def _first_draw(self, draw: int, lane: int) -> int:
+        """The first k with k × lanes + lane ≥ draw."""
+        return max(0, -((lane - draw) // self.lanes))
+
+    def _offset(self, line: PackLine, at: int) -> int:
+        """The place in an epoch's line of its ``at``-th draw: lane ``at % lanes``, ``at // lanes`` into its stretch."""
+        length, longer = divmod(line.packs_per_epoch, self.lanes)
+        stretch, into = at % self.lanes, at // self.lanes
+        return stretch * length + min(stretch, longer) + into
 
 
-def _per_block(
-    shards: Sequence[TokenShard],
-) -> tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]]:
-    lengths: list[npt.NDArray[np.int32]] = []
-    learned: list[npt.NDArray[np.int32]] = []
-    for shard in shards:
-        borders = np.cumsum(shard.block_rows)[:-1]
-        lengths += np.split(shard.lengths, borders)
-        learned += np.split(shard.learned_tokens, borders)
-    return lengths, learned
+def lanes_for(global_batch: int) -> int:
+    """The most lanes, up to 16, that divide the global batch."""
+    return max(n for n in range(1, min(global_batch, DEFAULT_LANES) + 1) if global_batch % n == 0)
 
 
-def _kept_rows(shards: Sequence[TokenShard], stages: Sequence[str] | None) -> list[npt.NDArray[np.int64]]:
-    """Per block, the rows that belong to the wanted stages."""
-    kept = []
-    for shard in shards:
-        wanted = np.array([stages is None or stage in stages for stage in shard.stages], dtype=np.bool_)
-        kept += [np.flatnonzero(part) for part in np.split(wanted, np.cumsum(shard.block_rows)[:-1])]
-    return kept
+def positions(plan: PackPlan, *, start: int, rank: int, world_size: int, global_batch: int) -> Iterator[int]:
+    """One rank's positions from a global batch on, endlessly.
+
+    Raises:
+        StreamError: ``start`` is not the beginning of a global batch.
+    """
+    step, rest = divmod(start, global_batch)
+    if rest:
+        raise StreamError(
+            f"position {start} is {rest} packs into a global batch of {global_batch}: continue with the global batch "
+            "of the run that was stopped"
+        )
+    while True:
+        yield from plan.share(step, rank=rank, world_size=world_size, global_batch=global_batch)
+        step += 1
+
+
+def fill_of(counts: Sequence[PartCounts], max_length: int) -> float:
+    """Tokens in the packs as a share of their room."""
+    packs = sum(one.packs for one in counts)
+    return sum(one.tokens for one in counts) / (packs * max_length) if packs else 0.0
+
+
+def tokens_by_source(plan: PackPlan, counts: Mapping[str, PartCounts]) -> dict[str, np.ndarray[Any, Any]]:
+    """(rows, tokens, learned tokens) of every source family."""
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, part in counts.items():
+        for cell, numbers in zip(plan.parts[name].index.cells, part.cells, strict=True):
+            if numbers[0]:
+                found[cell.source] = found.get(cell.source, np.zeros(3, np.int64)) + numbers
+    return dict(sorted(found.items()))

@@ -185,8 +185,8 @@ class ChatRenderer:
                 first is not None
                 and last is not None
                 and input_ids[last] == self.end_of_turn_id
-                and encoding.token_to_chars(first)[0] >= start
-                and encoding.token_to_chars(last)[0] == suffix_start
+                and _begins(encoding, first) >= start
+                and _begins(encoding, last) == suffix_start
             ):
                 learned[first : last + 1] = True
                 continue
@@ -214,7 +214,11 @@ class ChatRenderer:
                 raise RenderError(
                     f"the chat template's {{% generation %}} marks and its own text disagree about token {token} "
                     f"({self._tokenizer.decode([encoding.ids[token]])!r}): "
-                    + ("a part of the therapist's turn is not marked" if within else "marked outside of every turn")
+                    + (
+                        "a part of the therapist's turn is not marked"
+                        if within
+                        else "marked outside of every turn"
+                    )
                     + ". Correct the marks, or take them out of the template."
                 )
 
@@ -265,3 +269,9 @@ class ChatRenderer:
             f"the chat template ends a turn of {self.target_role!r} with {suffix!r}, which holds no special token: "
             "the model would never learn to stop. Use a template with an end-of-turn token."
         )
+
+
+def _begins(encoding: Encoding, token: int) -> int:
+    """The first character of a token; −1 of a token that stands for none."""
+    chars = encoding.token_to_chars(token)
+    return -1 if chars is None else int(chars[0])

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from training_ready.storage.objects import ObjectNotFound, ObjectStore
@@ -37,6 +38,7 @@ from training_ready.stream.shards import CorpusShard, StreamError, read_corpus_s
 
 FORMAT_VERSION = 2
 _FOOTERS_AT_ONCE = 16
+_BETWEEN = "\x1f"  # the unit separator stands in no name
 _COLUMNS = ["content_hash", "messages", "target_role", "source_family", "stage", "metadata"]
 
 
@@ -91,13 +93,14 @@ class TokenCache:
         deadline = time.monotonic() + patience_seconds
         if rank == 0:
             for shard in shards:
-                self._await(self.key_of(shard), deadline, f"tokens of {self.store.uri(shard.key)}", patience_seconds)
+                self._await(
+                    self.key_of(shard), deadline, f"tokens of {self.store.uri(shard.key)}", patience_seconds
+                )
             index = self._indexed(shards)
             self.store.put_bytes(self.index_key(shards), index.to_bytes())
         else:
             self._await(self.index_key(shards), deadline, "index of the tokens", patience_seconds)
-            index = self.find(shards)
-            assert index is not None
+            index = TokenIndex.from_bytes(self.store.get_bytes(self.index_key(shards)))
         return index
 
     def find(self, shards: Sequence[CorpusShard]) -> TokenIndex | None:
@@ -141,14 +144,20 @@ class TokenCache:
     def _footer(self, key: str) -> TokenIndex:
         """The index of one token shard."""
         with io.BufferedReader(self.store.open(key, ahead=False), buffer_size=1 << 20) as reader:
-            file = pq.ParquetFile(reader, page_checksum_verification=True)
-            metadata = file.metadata
-            table = file.read(columns=["length", "learned_tokens", *CELL_COLUMNS])
+            try:
+                file = pq.ParquetFile(reader, page_checksum_verification=True)
+                metadata = file.metadata
+                table = file.read(columns=["length", "learned_tokens", *CELL_COLUMNS])
+            except (pa.ArrowException, OSError) as error:
+                raise StreamError(
+                    f"{self.store.uri(key)}: cannot be read up to byte {reader.tell()}: {error}. Delete it; it is made "
+                    "again."
+                ) from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         stored = [sum(group.column(c).total_compressed_size for c in range(2)) for group in groups]
-        names = pa.StructArray.from_arrays([table[c].combine_chunks() for c in CELL_COLUMNS], CELL_COLUMNS)
-        coded = names.dictionary_encode() if len(names) else None
-        found = [] if coded is None else coded.dictionary.to_pylist()
+        names = pc.binary_join_element_wise(*(table[column] for column in CELL_COLUMNS), _BETWEEN)
+        coded = names.combine_chunks().dictionary_encode()
+        found = [name.split(_BETWEEN) for name in coded.dictionary.to_pylist()]
         return TokenIndex(
             shards=(key,),
             shard_blocks=(len(groups),),
@@ -156,10 +165,8 @@ class TokenCache:
             block_bytes=np.asarray(stored, dtype=np.int64),
             lengths=table["length"].to_numpy(),
             learned=table["learned_tokens"].to_numpy(),
-            cell_of_row=np.zeros(0, np.int16) if coded is None else coded.indices.to_numpy().astype(np.int16),
-            cells=tuple(
-                Cell(c["source"], c["stage"], tuple(filter(None, c["components"].split(",")))) for c in found
-            ),
+            cell_of_row=coded.indices.to_numpy().astype(np.int16),
+            cells=tuple(Cell(source, stage, tuple(filter(None, c.split(",")))) for source, stage, c in found),
             counts=TokenCounts(**json.loads(metadata.metadata[COUNTS_KEY])),
         )
 
@@ -167,9 +174,13 @@ class TokenCache:
         counts = TokenCounts()
         with tempfile.NamedTemporaryFile(suffix=".parquet") as out:
             # The footer is written at closing, so it can carry counts that are known only after the last row.
-            with pq.ParquetWriter(out.name, TOKEN_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+            with pq.ParquetWriter(
+                out.name, TOKEN_SCHEMA, compression="zstd", write_page_checksum=True
+            ) as writer:
                 for block in _blocks(self._rows(shard, counts, advance)):
-                    writer.write_table(pa.Table.from_pylist(block, schema=TOKEN_SCHEMA), row_group_size=BLOCK_ROWS)
+                    writer.write_table(
+                        pa.Table.from_pylist(block, schema=TOKEN_SCHEMA), row_group_size=BLOCK_ROWS
+                    )
                 writer.add_key_value_metadata({COUNTS_KEY.decode(): json.dumps(dataclasses.asdict(counts))})
             self.store.put_file(self.key_of(shard), Path(out.name))
 

@@ -1,13 +1,12 @@
-"""What is written, shown and decided after each step: metrics file, progress, time budget."""
+"""What is written, shown and measured after each step: metrics file, progress, the cost of uploads."""
 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,9 +18,12 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training_ready.training.checkpoint_mirror import CheckpointMirror
 from training_ready.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+_STEPS_TO_COMPARE = 5
 
 
 class MetricsFile(TrainerCallback):
@@ -92,18 +94,35 @@ class ProgressDisplay(TrainerCallback):
             self._bar.stop()
 
 
-class TimeBudget(TrainerCallback):
-    """Stops and saves when ``max_hours`` have passed since the process started; all ranks decide alike."""
+class MirrorCost(TrainerCallback):
+    """Compares steps during which a checkpoint was being uploaded with the others, and says what that cost."""
 
-    def __init__(self, max_hours: float) -> None:
-        self._deadline = time.monotonic() + max_hours * 3600
+    def __init__(self, mirror: CheckpointMirror) -> None:
+        self._mirror = mirror
+        self._began: tuple[float, bool] | None = None
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._began = time.perf_counter(), bool(self._mirror.pending)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        over = torch.tensor(int(time.monotonic() > self._deadline), device=args.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(over, op=dist.ReduceOp.MAX)
-        if over.item() and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+        if self._began is None:
+            return
+        began, uploading = self._began
+        if uploading == bool(self._mirror.pending):  # a step that is partly both says nothing
+            self._seconds[uploading].append(time.perf_counter() - began)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        during, alone = self._seconds[True], self._seconds[False]
+        if len(during) >= _STEPS_TO_COMPARE and len(alone) >= _STEPS_TO_COMPARE:
+            slow, usual = statistics.median(during), statistics.median(alone)
+            logger.info(
+                f"uploads: a step took {slow:.3f} s during one and {usual:.3f} s otherwise, {slow / usual - 1:+.1%} "
+                f"(medians of {len(during)} and {len(alone)} steps)"
+            )

@@ -4,7 +4,7 @@
 
     <prefix>step-<N>/<file of the checkpoint> ...
                      parts/<attempt>-<node>.json    what a node with a disk of its own has uploaded
-                     manifest.json                  every file with size and sha256, written last: it makes the step exist
+                     manifest.json                  every file, its size and sha256; written last: the step exists
 """
 
 from __future__ import annotations
@@ -96,19 +96,20 @@ class BucketCheckpoints:
         try:
             manifest = CheckpointManifest.model_validate_json(self.store.get_bytes(key))
         except ValidationError as error:
-            raise DamagedCheckpoint(f"{self.store.uri(key)} is not a checkpoint's manifest: {error}") from error
+            faults = "; ".join(detail["msg"] for detail in error.errors())
+            raise DamagedCheckpoint(
+                f"{self.store.uri(key)} is not a checkpoint's manifest: {faults}"
+            ) from error
         if (manifest.run, manifest.step) != (self.run, step):
             raise DamagedCheckpoint(
-                f"{self.store.uri(key)} belongs to step {manifest.step} of the run {manifest.run!r}, not to step {step} "
-                f"of {self.run!r}: two runs must not share a place in the bucket"
+                f"{self.store.uri(key)} belongs to step {manifest.step} of the run {manifest.run!r}, not to step "
+                f"{step} of {self.run!r}: two runs must not share a place in the bucket"
             )
         return manifest
 
     def publish(self, manifest: CheckpointManifest) -> None:
         """Write the manifest, after every file that it names has been compared with what was sent."""
-        self.store.put_bytes(
-            self.key(manifest.step, MANIFEST), manifest.model_dump_json(indent=1).encode()
-        )
+        self.store.put_bytes(self.key(manifest.step, MANIFEST), manifest.model_dump_json(indent=1).encode())
 
     def unpublish(self, step: int) -> None:
         """Take the manifest away: the step no longer counts as complete."""
@@ -150,8 +151,8 @@ class BucketCheckpoints:
         if wanted - here > free:
             raise TrainingReadyError(
                 f"{self.store.uri(self.key(manifest.step, ''))} needs {wanted - here:,} bytes more on the disk of "
-                f"{folder.parent} ({wanted:,} in all, {here:,} there), and {free:,} are free. Make room, or give the run "
-                "an output_dir on a larger disk."
+                f"{folder.parent} ({wanted:,} in all, {here:,} there), and {free:,} are free. Make room, or give the "
+                "run an output_dir on a larger disk."
             )
 
     def _fetch(

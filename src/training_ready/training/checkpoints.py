@@ -11,13 +11,16 @@ import logging
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from training_ready import TrainingReadyError
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED_STATUS = 75
+"""Exit status of a run that a signal stopped and that can be continued: EX_TEMPFAIL of sysexits.h."""
 STREAM_STATE = "stream_state.json"
 PART = "part.json"
 _PREFIX = "checkpoint-"
@@ -25,6 +28,10 @@ _PREFIX = "checkpoint-"
 
 class ResumeError(TrainingReadyError):
     """The run cannot be continued as asked."""
+
+
+class Interrupted(TrainingReadyError):
+    """A signal stopped the run; it is saved and can be continued."""
 
 
 class SaveError(TrainingReadyError):
@@ -36,10 +43,11 @@ class StreamState:
     """Where the data stands at a checkpoint, and everything that the order of the data depends on."""
 
     position: int  # packs consumed
+    step: int  # optimizer steps done
     global_batch: int  # packs per optimizer step
-    manifest_sha256: str
+    manifests: dict[str, str]  # sha256 of every corpus's manifest, by its URI
     tokens: str  # fingerprint of tokenizer, template and target role
-    plan: str  # fingerprint of token shards, pack length, seed and grouping
+    order: dict[str, Any]  # mixture, seed, pack length … (training/data.py: order_facts)
 
     def write(self, checkpoint: Path) -> None:
         """Written last of all files of a checkpoint: its presence means that the checkpoint is complete."""
@@ -55,21 +63,40 @@ class StreamState:
                 "this trainer. Choose an earlier one."
             ) from error
 
-    def refuse_unless_same_data(self, now: StreamState, checkpoint: Path) -> None:
+    def refuse_unless_same_data(
+        self, now: StreamState, checkpoint: Path, allowed: Collection[str] = ()
+    ) -> None:
         """
+        Args:
+            allowed: names of what may have changed (``stream.resume_allow``).
+
         Raises:
-            ResumeError: something that the order of rows depends on has changed since the checkpoint.
+            ResumeError: something else that the order of rows depends on has changed since the checkpoint.
         """
-        changed = [
-            f"{field.name}: {getattr(self, field.name)} then, {getattr(now, field.name)} now"
-            for field in fields(self)
-            if field.name != "position" and getattr(self, field.name) != getattr(now, field.name)
-        ]
-        if changed:
+        changed = self._changes(now)
+        for name in sorted(set(changed) & set(allowed)):
+            logger.warning(f"continuing although {name} has changed: {changed[name]}")
+        refused = {name: change for name, change in changed.items() if name not in allowed}
+        if refused:
+            listed = "; ".join(f"{name}: {change}" for name, change in refused.items())
             raise ResumeError(
-                f"{checkpoint} was trained on another stream ({'; '.join(changed)}), so rows would be repeated or "
-                "lost. Restore the recipe and corpus of that run, or start anew with another output_dir."
+                f"{checkpoint} was trained on another stream ({listed}), so rows would be repeated or lost. Restore "
+                "the recipe and corpus of that run, or start anew with another output_dir; stream.resume_allow="
+                f"[{','.join(refused)}] continues nevertheless."
             )
+
+    def _changes(self, now: StreamState) -> dict[str, str]:
+        """What differs, by the names of ``stream.resume_allow``."""
+        then_and_now: dict[str, tuple[Any, Any]] = {
+            "global_batch": (self.global_batch, now.global_batch),
+            "manifests": (self.manifests, now.manifests),
+            "tokens": (self.tokens[:12], now.tokens[:12]),
+            **{
+                name: (self.order.get(name), now.order.get(name))
+                for name in sorted({*self.order, *now.order})
+            },
+        }
+        return {name: f"{then} then, {new} now" for name, (then, new) in then_and_now.items() if then != new}
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -144,6 +171,8 @@ def copies_on_disk(limit: int | None, *, mirrored: bool) -> int | None:
 def _folders(output_dir: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = (
-        path for path in output_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()
+        path
+        for path in output_dir.glob(f"{_PREFIX}*")
+        if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()
     )
     return sorted(found, key=step_of)

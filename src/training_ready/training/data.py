@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from trl import SFTConfig
 
 from training_ready.corpus.manifest import Manifest
 from training_ready.recipe.recipe import Recipe
 from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
-from training_ready.stream.plan import PackPlan
+from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.groups import PackReader
+from training_ready.stream.index import TokenIndex
+from training_ready.stream.lengths import LengthPolicy, TokenCounts
+from training_ready.stream.plan import lanes_for
 from training_ready.stream.render import ChatRenderer
 from training_ready.stream.shards import StreamError, read_corpus_shard
-from training_ready.stream.tokens import LengthPolicy, TokenCache, TokenCounts, TokenShard
+from training_ready.stream.tokens import TokenCache
 from training_ready.training.arguments import world
 
 logger = logging.getLogger(__name__)
@@ -27,12 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """The train split and, where the recipe evaluates, the evaluation split; ``max_length`` tokens make a pack."""
+    """The packs that are trained and, where the recipe evaluates, those of the evaluation split.
+
+    ``manifests``: of every corpus by name, the first that of ``data.corpus``; ``counts``: of every split that is read.
+    """
 
     max_length: int
+    manifests: dict[str, Manifest]
     counts: TokenCounts
-    plan: PackPlan
-    eval_plan: PackPlan | None
+    packs: PackReader
+    eval_packs: PackReader | None
 
 
 def open_corpus(corpus: str) -> tuple[Manifest, ObjectStore]:
@@ -53,40 +61,154 @@ def corpus_texts(store: ObjectStore, manifest: Manifest, split: str) -> Iterator
 
 def prepare_data(
     recipe: Recipe,
-    args: SFTConfig,
     manifest: Manifest,
     store: ObjectStore,
     renderer: ChatRenderer,
     console: Console,
+    *,
+    global_batch: int,
 ) -> RunData:
     """Tokenises what is not tokenised yet, and plans the packs.
 
     Raises:
-        StreamError: a split is missing or empty, or the corpus is not what its manifest says.
+        StreamError: a split is missing or empty, a corpus is not what its manifest says, or the mixture is none.
     """
-    if args.max_length is None:
+    max_length = recipe.effective("max_length")
+    if max_length is None:
         raise StreamError(
             "max_length must be set: it is the length of a pack and the limit of a conversation"
         )
-    cache = TokenCache(
-        store=store,
-        corpus_prefix=manifest.uri.removeprefix(store.uri("")).rpartition("/")[0],
-        renderer=renderer,
-        policy=LengthPolicy(max_length=args.max_length, overlong=recipe.stream.overlong),
-    )
-    train = _tokenise(cache, manifest, recipe.data.train_split, console)
-    evaluation = (
-        _tokenise(cache, manifest, recipe.data.eval_split, console) if recipe.data.eval_split else None
-    )
+    corpora = _Corpora(recipe, manifest, store, renderer, console, max_length)
+    parts = _parts(recipe, corpora)
+    train = list({id(part.tokens): part.tokens for part in parts.values()}.values())
+    packs = pack_reader(parts, _order(recipe, global_batch), remember=world()[0] == 0)
+    _refuse_too_many_steps(packs, recipe.effective("max_steps"), global_batch)
+    evaluation = None
+    if recipe.data.eval_split:
+        chosen = Part(tokens=corpora.tokens(None, recipe.data.eval_split), stages=recipe.data.stages)
+        fixed = Order(
+            max_length=max_length,
+            seed=0,
+            packing=recipe.effective("packing"),
+            blocks_per_group=recipe.stream.blocks_per_group,
+            lanes=1,
+            shuffle=False,
+        )
+        evaluation = pack_reader({"evaluation": chosen}, fixed, remember=world()[0] == 0)
     return RunData(
-        max_length=args.max_length,
-        counts=_total(train),
-        plan=_plan(recipe, args, train),
-        eval_plan=None if evaluation is None else _plan(recipe, args, evaluation, shuffle=False),
+        max_length=max_length,
+        manifests=corpora.manifests,
+        counts=_total([one.index for one in train]),
+        packs=packs,
+        eval_packs=evaluation,
     )
 
 
-def _tokenise(cache: TokenCache, manifest: Manifest, split: str, console: Console) -> list[TokenShard]:
+class _Corpora:
+    """The corpora of a run, each opened once and each split tokenised once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        manifest: Manifest,
+        store: ObjectStore,
+        renderer: ChatRenderer,
+        console: Console,
+        max_length: int,
+    ) -> None:
+        self._renderer, self._console = renderer, console
+        self._policy = LengthPolicy(max_length=max_length, overlong=recipe.stream.overlong)
+        self._open = {recipe.data.corpus: (manifest, store)}
+        self._main = recipe.data.corpus
+        self._tokens: dict[tuple[str, str], TokenSet] = {}
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        return {manifest.uri: manifest for manifest, _ in self._open.values()}
+
+    def tokens(self, corpus: str | None, split: str) -> TokenSet:
+        corpus = corpus or self._main
+        if corpus not in self._open:
+            self._open[corpus] = open_corpus(corpus)
+        manifest, store = self._open[corpus]
+        key = (manifest.uri, split)
+        if key not in self._tokens:
+            prefix = manifest.uri.removeprefix(store.uri("")).rpartition("/")[0]
+            cache = TokenCache(
+                store=store, corpus_prefix=prefix, renderer=self._renderer, policy=self._policy
+            )
+            self._tokens[key] = TokenSet(
+                name=f"{manifest.name} {split}",
+                store=store,
+                prefix=f"{prefix}/tokens",
+                index=_tokenise(cache, manifest, split, self._console),
+            )
+        return self._tokens[key]
+
+
+def _parts(recipe: Recipe, corpora: _Corpora) -> dict[str, Part]:
+    data, stream = recipe.data, recipe.stream
+    if stream.mixture is None:
+        if stream.curriculum:
+            raise StreamError("stream.curriculum changes the weights of stream.mixture; name its parts there")
+        return {"data": Part(tokens=corpora.tokens(None, data.train_split), stages=data.stages)}
+    if data.stages:
+        raise StreamError(
+            "data.stages chooses rows when there is no mixture; write stages into stream.mixture's parts"
+        )
+    return {
+        name: Part(
+            tokens=corpora.tokens(part.corpus, part.split or data.train_split),
+            sources=part.sources,
+            stages=part.stages,
+            components=part.components,
+            weight=part.weight,
+            max_epochs=part.max_epochs,
+        )
+        for name, part in stream.mixture.items()
+    }
+
+
+def _order(recipe: Recipe, global_batch: int) -> Order:
+    stream = recipe.stream
+    seed, data_seed = recipe.effective("seed"), recipe.effective("data_seed")
+    return Order(
+        max_length=recipe.effective("max_length"),
+        seed=seed if data_seed is None else data_seed,
+        packing=recipe.effective("packing"),
+        blocks_per_group=stream.blocks_per_group,
+        lanes=stream.lanes or lanes_for(global_batch),
+        by=stream.mixture_by,
+        temperature=stream.temperature,
+        epochs=None if recipe.effective("max_steps") > 0 else recipe.effective("num_train_epochs"),
+        curriculum=[(step.from_step * global_batch, step.weights) for step in stream.curriculum or []],
+    )
+
+
+def order_facts(recipe: Recipe, global_batch: int) -> dict[str, Any]:
+    """What the order of packs depends on beside the data, by the names of ``stream.resume_allow``."""
+    order = _order(recipe, global_batch)
+    mixture = recipe.stream.model_dump(include={"mixture", "mixture_by", "temperature", "curriculum"})
+    return {
+        "mixture": json.dumps([mixture, recipe.data.train_split, recipe.data.stages], sort_keys=True),
+        "overlong": recipe.stream.overlong,
+        **{
+            name: getattr(order, name)
+            for name in ("max_length", "packing", "seed", "blocks_per_group", "lanes")
+        },
+    }
+
+
+def _refuse_too_many_steps(packs: PackReader, max_steps: int, global_batch: int) -> None:
+    steps = packs.plan.steps(global_batch)
+    if steps is not None and max_steps > steps:
+        raise StreamError(
+            f"every part of stream.mixture is used up after step {steps}, max_steps is {max_steps}: raise "
+            "max_epochs of a part, or lower max_steps"
+        )
+
+
+def _tokenise(cache: TokenCache, manifest: Manifest, split: str, console: Console) -> TokenIndex:
     rank, world_size = world()
     shards = manifest.shards_of(split)
     if not shards:
@@ -98,36 +220,17 @@ def _tokenise(cache: TokenCache, manifest: Manifest, split: str, console: Consol
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"tokenising {split}", total=mine)
         ready = cache.ensure(shards, rank=rank, world_size=world_size, advance=lambda n: bar.advance(task, n))
-    counts = _total(ready)
+    counts = ready.counts
     logger.info(
         f"{split}: {counts.rows} conversations, {counts.tokens} tokens, {counts.learned_tokens} learned; truncated "
-        f"{counts.truncated_rows} rows by {counts.truncated_tokens} tokens; dropped {counts.dropped_rows}"
+        f"{counts.truncated_rows} rows by {counts.truncated_tokens} tokens; split {counts.split_rows} into "
+        f"{counts.split_pieces}; dropped {counts.dropped_rows}"
     )
     return ready
 
 
-def _total(shards: list[TokenShard]) -> TokenCounts:
+def _total(indexes: list[TokenIndex]) -> TokenCounts:
     counts = TokenCounts()
-    for shard in shards:
-        counts.add(shard.counts)
+    for index in indexes:
+        counts.add(index.counts)
     return counts
-
-
-def _plan(recipe: Recipe, args: SFTConfig, shards: list[TokenShard], *, shuffle: bool = True) -> PackPlan:
-    return PackPlan(
-        shards,
-        max_length=args.max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        packing=args.packing,
-        blocks_per_group=recipe.stream.blocks_per_group,
-        stages=recipe.data.stages,
-        shuffle=shuffle,
-    )
-
-
-def steps_of(plan: PackPlan, epochs: float, global_batch: int) -> int:
-    """Optimizer steps that cover ``epochs`` passes; the last step may reach into the next pass, no row is left out."""
-    whole = int(epochs)
-    packs = sum(plan.packs_in_epoch(epoch) for epoch in range(whole))
-    packs += math.ceil((epochs - whole) * plan.packs_in_epoch(whole)) if epochs > whole else 0
-    return math.ceil(packs / global_batch)

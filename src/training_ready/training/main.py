@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -13,8 +14,13 @@ from training_ready import TrainingReadyError
 from training_ready.recipe.load import load_recipe
 from training_ready.recipe.recipe import Recipe
 from training_ready.storage.embedded import die_with_parent
+from training_ready.training.checkpoints import INTERRUPTED_STATUS, Interrupted
 
-_USAGE = "usage: accelerate launch scripts/run_sft.py RECIPE.yaml [key=value ...]"
+_RESUME = re.compile(r"^(--)?resume=")  # `resume=auto` is short for TRL's own key
+_USAGE = "usage: accelerate launch scripts/run_sft.py [--skip PROBE]... RECIPE.yaml [key=value ...]"
+
+Check = Callable[[str, Sequence[str], Sequence[str]], None]
+"""Called with the recipe, its overrides and the probes to leave out; raises TrainingReadyError to refuse the run."""
 
 
 def _prepare_environment(recipe: Recipe) -> None:
@@ -38,19 +44,40 @@ def _speak(first: bool) -> None:
     ours.addHandler(to_terminal)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the recipe named first, with ``key=value`` overrides after it; returns the exit status."""
+def _without_skips(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments, names after ``--skip``)."""
+    rest, skip, words = [], [], iter(arguments)
+    for word in words:
+        if word == "--skip":
+            skip.append(next(words, ""))
+        else:
+            rest.append(word)
+    return rest, skip
+
+
+def main(arguments: Sequence[str], *, check: Check | None = None) -> int:
+    """Runs the recipe named first, with ``key=value`` overrides after it; returns the exit status.
+
+    ``check`` may refuse the run before anything heavy is loaded; ``--skip PROBE`` is for it.
+    """
+    arguments, skip = _without_skips(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
     try:
-        recipe = load_recipe(arguments[0], arguments[1:])
+        overrides = [_RESUME.sub("resume_from_checkpoint=", word) for word in arguments[1:]]
+        recipe = load_recipe(arguments[0], overrides)
         _prepare_environment(recipe)
+        if check is not None:
+            check(arguments[0], overrides, skip)
         from training_ready.training.run import run_sft
 
         first = os.environ.get("RANK", "0") == "0"
         _speak(first)
         run_sft(recipe, Console(quiet=not first))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return INTERRUPTED_STATUS
     except TrainingReadyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,24 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 from trl import ModelConfig, get_quantization_config
 
-from training_ready import TrainingReadyError
-from training_ready.recipe.faults import did_you_mean
-
-
-class ModelError(TrainingReadyError):
-    """The model that the recipe names cannot be had."""
+from training_ready.training.scratch import ModelError, scratch_config
 
 
 def build_model(
@@ -50,35 +42,8 @@ def build_model(
         raise ModelError(f"model.config does not make a {built.model_type} model: {error}") from error
 
 
-def scratch_config(
-    config: Mapping[str, Any], *, vocab_size: int, **special_tokens: int | None
-) -> PretrainedConfig:
-    """The transformers configuration that ``model.config`` describes, with the tokenizer's vocabulary.
-
-    Raises:
-        ModelError: the model type is unknown, or has no such keys.
-    """
-    values = dict(config)
-    model_type = str(values.pop("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(model_type, CONFIG_MAPPING)
-        raise ModelError(
-            f"model.config.model_type: transformers knows no {model_type!r}; {hint or 'correct it'}"
-        )
-    kind = CONFIG_MAPPING[model_type]
-    known = {*kind().to_dict(), *kind.attribute_map}  # a config takes any other name too, and ignores it
-    unknown = [f"{name} ({did_you_mean(name, known) or 'ignored'})" for name in values if name not in known]
-    if unknown:
-        raise ModelError(f"model.config: {kind.__name__} has no {', '.join(unknown)}")
-    try:
-        built = AutoConfig.for_model(model_type, vocab_size=vocab_size, **special_tokens, **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model.config does not make a {model_type} model: {error}") from error
-    return built
-
-
-def load_model(model_args: ModelConfig) -> PreTrainedModel:
-    """A pretrained model, from safetensors only.
+def load_model(model_args: ModelConfig, *, distributed: DistributedConfig | None = None) -> PreTrainedModel:
+    """A pretrained model, from safetensors only; with ``distributed`` every rank loads its own part.
 
     Raises:
         ModelError: it cannot be found or loaded.
@@ -92,6 +57,7 @@ def load_model(model_args: ModelConfig) -> PreTrainedModel:
             quantization_config=get_quantization_config(model_args),
             use_safetensors=True,
             trust_remote_code=False,
+            **({} if distributed is None else {"distributed_config": distributed}),
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -94,8 +94,8 @@ def _by_bias(family: MoEFamily, moe: MoeSection, asked: float | None, *, adapter
     if asked or moe.z_loss:
         raise MoEError(
             f"{family.model_type} is balanced by a bias on the choice and scores experts in its own way: a balance or "
-            "z-loss on softmaxed logits has no meaning for it. Leave moe.balance_coefficient, moe.z_loss and router_aux_loss_coef out; "
-            "moe.bias_rate moves the bias."
+            "z-loss on softmaxed logits has no meaning for it. Leave moe.balance_coefficient, moe.z_loss and "
+            "router_aux_loss_coef out; moe.bias_rate moves the bias."
         )
     if adapters:
         return BalancePlan(reason="choice bias as loaded: only adapters are saved, so it must not move")

@@ -89,6 +89,10 @@ class MoETrainer(StreamSFTTrainer):
                 "model_init_kwargs.distributed_config"
             )
 
+    @property
+    def can_give_up_a_step(self) -> bool:
+        return self.router_losses is None and super().can_give_up_a_step  # the balance window has moved on
+
     # ------------------------------------------------------------------ losses
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -179,6 +183,12 @@ class MoETrainer(StreamSFTTrainer):
             read_adapters(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._adapters:
+            read_adapters(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

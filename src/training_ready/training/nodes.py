@@ -14,7 +14,7 @@ import torch.distributed as dist
 from training_ready import TrainingReadyError
 from training_ready.training.checkpoints import write_durably
 
-_TOKEN = ".attempt"
+_MARK = ".attempt"
 _PATIENCE_SECONDS = 10.0
 
 
@@ -40,10 +40,10 @@ def find_nodes(output_dir: Path) -> RunNodes:
     attempt = uuid.uuid4().hex
     if rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_durably(output_dir / _TOKEN, attempt)
+        write_durably(output_dir / _MARK, attempt)
     attempt = gathered(attempt)[0]
     node = int(os.environ.get("GROUP_RANK", "0"))
-    alone = node > 0 and local_rank == 0 and not _sees(output_dir / _TOKEN, attempt)
+    alone = node > 0 and local_rank == 0 and not _sees(output_dir / _MARK, attempt)
     others = tuple(sorted(number for number in gathered(node if alone else None) if number is not None))
     return RunNodes(node=node, keeper=rank == 0 or alone, first=rank == 0, others=others, attempt=attempt)
 
@@ -66,11 +66,11 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def _sees(token: Path, attempt: str) -> bool:
+def _sees(mark: Path, attempt: str) -> bool:
     """Whether the first node's file is visible here; network file systems may take a moment."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
-        if token.exists() and token.read_text(encoding="utf-8") == attempt:
+        if mark.exists() and mark.read_text(encoding="utf-8") == attempt:
             return True
         time.sleep(0.2)
     return False

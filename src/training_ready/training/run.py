@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,13 +28,18 @@ from training_ready.recipe.recipe import Recipe
 from training_ready.storage.objects import ObjectStore
 from training_ready.stream.render import ChatRenderer
 from training_ready.training import summary
-from training_ready.training.arguments import model_config, sft_config, world
-from training_ready.training.callbacks import MetricsFile, ProgressDisplay, TimeBudget
-from training_ready.training.checkpoints import ResumeError, StreamState, checkpoint_to_resume
-from training_ready.training.data import RunData, corpus_texts, open_corpus, prepare_data, steps_of
+from training_ready.training.arguments import distributed_config, model_config, sft_config, world
+from training_ready.training.callbacks import MetricsFile, MirrorCost, ProgressDisplay
+from training_ready.training.checkpoint_keeper import CheckpointKeeper
+from training_ready.training.checkpoints import Interrupted, ResumeError, StreamState
+from training_ready.training.data import RunData, corpus_texts, open_corpus, order_facts, prepare_data
 from training_ready.training.model import ModelError, build_model, load_model
 from training_ready.training.moe_trainer import MoETrainer
+from training_ready.training.nodes import find_nodes
+from training_ready.training.placement import PlacementCheck
 from training_ready.training.plots import plot_loss
+from training_ready.training.preemption import EvaluationAbandoned, StopReason, StopSignals, StopTogether
+from training_ready.training.resume import bring_metrics, bucket_of, checkpoint_to_resume, open_mirror
 from training_ready.training.run_folder import RunFolder
 from training_ready.training.tokenizer import load_tokenizer, trained_once
 from training_ready.training.trainer import StreamSFTTrainer
@@ -51,74 +58,100 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     if _already_done(folder, recipe):
         logger.info(f"{folder.path} is already trained with this very recipe: nothing to do")
         return folder.path
+    deadline = time.monotonic() + recipe.budget.max_hours * 3600 if recipe.budget.max_hours else None
 
     # ---------------------------------------------------------------- corpus
     manifest, store = open_corpus(recipe.data.corpus)
     if world()[0] == 0:
         folder.open(recipe.to_yaml())
 
-    # ------------------------------------------------- tokenizer, then tokens
+    # -------------------------------------------------- is there a checkpoint
     model_args = model_config(recipe)
-    args = sft_config(recipe)
-    tokenizer = _tokenizer(recipe, model_args, store, manifest, folder)
-    renderer = ChatRenderer(tokenizer, recipe.data.target_role)
-    data = prepare_data(recipe, args, manifest, store, renderer, console)
-
-    # -------------------------------------------------------- where to start
-    start, checkpoint = _start(recipe, args, data, manifest.sha256, renderer.fingerprint, folder)
-
-    # ----------------------------------------------------- model and trainer
-    model = _model(recipe, model_args, tokenizer, args.seed)
-    trainer = _trainer_for(model, recipe)(
-        model=model,
-        args=args,
-        plan=data.plan,
-        eval_plan=data.eval_plan,
-        start=start,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[
-            MetricsFile(folder),
-            ProgressDisplay(console),
-            *([TimeBudget(recipe.budget.max_hours)] if recipe.budget.max_hours else []),
-        ],
+    args = sft_config(recipe)  # from here on the ranks can speak to each other
+    nodes, bucket = find_nodes(folder.path), bucket_of(recipe)
+    checkpoint = checkpoint_to_resume(
+        folder.path, recipe.trl.get("resume_from_checkpoint"), bucket, nodes
     )
 
-    # -------------------------------------------------------------- training
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < args.max_steps:
-        logger.info(
-            f"stopped at step {trainer.state.global_step} of {args.max_steps}: budget.max_hours "
-            f"{recipe.budget.max_hours} is used up. Continue with resume_from_checkpoint=auto."
-        )
-        return folder.path
-    evaluation = _final_evaluation(trainer) if data.eval_plan is not None else {}
-    expert_load = trainer.expert_load if isinstance(trainer, MoETrainer) else None
-    load = expert_load.total() if expert_load else None
+    # ------------------------------------------------- tokenizer, then tokens
+    tokenizer = _tokenizer(recipe, model_args, store, manifest, folder, checkpoint)
+    renderer = ChatRenderer(tokenizer, recipe.data.target_role)
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1]
+    data = prepare_data(recipe, manifest, store, renderer, console, global_batch=global_batch)
+    start = _start(recipe, args, data, global_batch, renderer.fingerprint, folder, checkpoint)
 
-    # --------------------------------------------------------------- summary
-    if trainer.is_world_process_zero():
-        folder.finish(
-            {
-                "run": recipe.name,
-                "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "wall_seconds": round(time.time() - started, 1),
-                "steps": trainer.state.global_step,
-                "seed": args.seed,
-                "recipe": {"path": str(recipe.path), "sha256": recipe.sha256, "resolved": recipe.to_yaml()},
-                "data": summary.data_facts(recipe, manifest),
-                "tokens": summary.token_facts(data, trainer.packs_consumed),
-                "loss": summary.loss_facts(folder, evaluation),
-                "moe": summary.moe_facts(load, folder) if load else None,
-                "model": summary.model_facts(model, model_args),
-                "versions": summary.versions(),
-                "hardware": summary.hardware(args.device),
-                "checkpoint": str(summary.last_checkpoint(folder.path)),
-                "pictures": _draw(folder, recipe.name, load),
-            }
+    with StopSignals() as signals, ExitStack() as held:
+        mirror = open_mirror(recipe, bucket, nodes)
+        if mirror is not None:
+            held.enter_context(mirror).catch_up(folder.path)
+
+        # ------------------------------------------------- model and trainer
+        model = _model(recipe, model_args, tokenizer, args.seed)
+        trainer = _trainer_for(model, recipe)(
+            model=model,
+            args=args,
+            packs=data.packs,
+            eval_packs=data.eval_packs,
+            start=start,
+            checkpoints=CheckpointKeeper(folder.path, nodes, limit=args.save_total_limit, mirror=mirror),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            callbacks=[MetricsFile(folder), ProgressDisplay(console), *([MirrorCost(mirror)] if mirror else [])],
         )
-        logger.info(f"trained: {folder.path}/summary.json")
+        stop = StopTogether(signals, deadline=deadline, whole_steps=not trainer.can_give_up_a_step)
+        trainer.add_callback(stop)
+        trainer.add_callback(PlacementCheck(trainer, recipe.launch))
+
+        # ---------------------------------------------------------- training
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        evaluation: dict[str, float] = {}
+        if stop.reason is StopReason.NONE and data.eval_packs is not None:
+            with suppress(EvaluationAbandoned):  # a signal: `stop` knows
+                evaluation = _final_evaluation(trainer)
+        if stop.reason is not StopReason.NONE:
+            return _stopped(stop, trainer, folder)
+        load = trainer.expert_load.total() if isinstance(trainer, MoETrainer) and trainer.expert_load else None
+        if mirror is not None:
+            mirror.finish()  # a run is done when its last checkpoint is where it was promised to be
+
+        # ----------------------------------------------------------- summary
+        if trainer.is_world_process_zero():
+            folder.finish(
+                {
+                    "run": recipe.name,
+                    "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+                    "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "wall_seconds": round(time.time() - started, 1),
+                    "steps": trainer.state.global_step,
+                    "seed": args.seed,
+                    "recipe": {"path": str(recipe.path), "sha256": recipe.sha256, "resolved": recipe.to_yaml()},
+                    "data": summary.data_facts(recipe, data),
+                    "tokens": summary.token_facts(data, trainer.packs_consumed),
+                    "loss": summary.loss_facts(folder, evaluation),
+                    "moe": summary.moe_facts(load, folder) if load else None,
+                    "model": summary.model_facts(model, model_args),
+                    "versions": summary.versions(),
+                    "hardware": summary.hardware(args.device),
+                    "checkpoint": str(summary.last_checkpoint(folder.path)),
+                    "pictures": _draw(folder, recipe.name, load),
+                }
+            )
+            logger.info(f"trained: {folder.path}/summary.json")
+    return folder.path
+
+
+def _stopped(stop: StopTogether, trainer: StreamSFTTrainer, folder: RunFolder) -> Path:
+    """Says why the run stops before its end and how to go on.
+
+    Raises:
+        Interrupted: a signal stopped it; in the first process only, whose exit status is the run's.
+    """
+    where = f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}"
+    how = "Continue with the same command and resume_from_checkpoint=auto."
+    if stop.reason is StopReason.BUDGET:
+        logger.info(f"{where}: budget.max_hours is used up. {how}")
+    elif trainer.is_world_process_zero():
+        raise Interrupted(f"{where} by a signal. {how}")
     return folder.path
 
 
@@ -153,13 +186,21 @@ def _already_done(folder: RunFolder, recipe: Recipe) -> bool:
     )
 
 
+_HOW_FAR = frozenset({"resume_from_checkpoint", "budget", "checkpoint"})
+
+
 def _what_is_trained(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved recipe without what says only how far one start may go."""
-    return {key: value for key, value in resolved.items() if key not in ("resume_from_checkpoint", "budget")}
+    return {key: value for key, value in resolved.items() if key not in _HOW_FAR}
 
 
 def _tokenizer(
-    recipe: Recipe, model_args: ModelConfig, store: ObjectStore, manifest: Manifest, folder: RunFolder
+    recipe: Recipe,
+    model_args: ModelConfig,
+    store: ObjectStore,
+    manifest: Manifest,
+    folder: RunFolder,
+    checkpoint: Path | None,
 ) -> PreTrainedTokenizerBase:
     if recipe.model.tokenizer is None:
         return load_tokenizer(
@@ -171,7 +212,11 @@ def _tokenizer(
     wanted = recipe.model.tokenizer
     texts = corpus_texts(store, manifest, recipe.data.train_split)
     return trained_once(
-        folder.path / "tokenizer", texts, vocab_size=wanted.vocab_size, chat_template=wanted.chat_template
+        folder.path / "tokenizer",
+        texts,
+        vocab_size=wanted.vocab_size,
+        chat_template=wanted.chat_template,
+        checkpoint=checkpoint,
     )
 
 
@@ -179,7 +224,7 @@ def _model(
     recipe: Recipe, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     if recipe.model.config is None:
-        return load_model(model_args)
+        return load_model(model_args, distributed=distributed_config(recipe))
     return build_model(recipe.model.config, tokenizer, model_args=model_args, seed=seed)
 
 
@@ -187,30 +232,33 @@ def _start(
     recipe: Recipe,
     args: SFTConfig,
     data: RunData,
-    manifest_sha256: str,
+    global_batch: int,
     tokens: str,
     folder: RunFolder,
-) -> tuple[StreamState, Path | None]:
-    """The position to train from, and the checkpoint to load; sets ``args.max_steps`` from the epochs."""
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1]
+    checkpoint: Path | None,
+) -> StreamState:
+    """The position to train from; sets ``args.max_steps`` from the epochs."""
+    order = order_facts(recipe, global_batch)
     if args.max_steps <= 0:
-        args.max_steps = steps_of(data.plan, args.num_train_epochs, global_batch)
+        args.max_steps = data.packs.plan.steps(global_batch)
     start = StreamState(
         position=0,
+        step=0,
         global_batch=global_batch,
-        manifest_sha256=manifest_sha256,
+        manifests={uri: manifest.sha256 for uri, manifest in data.manifests.items()},
         tokens=tokens,
-        plan=data.plan.fingerprint,
+        order=order,
     )
-    checkpoint = checkpoint_to_resume(folder.path, recipe.trl.get("resume_from_checkpoint"))
     if checkpoint is not None:
         saved = StreamState.read(checkpoint)
-        saved.refuse_unless_same_data(start, checkpoint)
+        saved.refuse_unless_same_data(start, checkpoint, recipe.stream.resume_allow)
         logger.info(f"continuing from {checkpoint}, pack {saved.position}")
-        start = saved
+        start = replace(start, position=saved.position, step=saved.step)
     if world()[0] == 0:
-        folder.forget_metrics_after(start.position // global_batch)
-    return start, checkpoint
+        if checkpoint is not None:
+            bring_metrics(checkpoint, folder.path)
+        folder.forget_metrics_after(start.step)
+    return start
 
 
 def _draw(folder: RunFolder, name: str, load: LoadSnapshot | None) -> list[str]:
@@ -224,6 +272,6 @@ def _draw(folder: RunFolder, name: str, load: LoadSnapshot | None) -> list[str]:
     if load is None:
         return ["loss.png"]
     plot_expert_load(
-        load, folder.path / "expert_load.png", title=f"{name}: expert load, {load.tokens} tokens"
+        load, folder.path / "expert_load.png", title=f"{name}: expert load"
     )
     return ["loss.png", "expert_load.png"]

@@ -16,41 +16,67 @@ from trl import ModelConfig
 from training_ready.corpus.manifest import Manifest
 from training_ready.moe.monitor import LoadSnapshot
 from training_ready.recipe.recipe import Recipe
+from training_ready.stream.plan import fill_of, tokens_by_source
 from training_ready.training.arguments import world
 from training_ready.training.checkpoints import ResumeError, checkpoints_in
 from training_ready.training.data import RunData
 from training_ready.training.run_folder import RunFolder
 
 
-def data_facts(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+def data_facts(recipe: Recipe, data: RunData) -> dict[str, Any]:
+    manifest, *others = data.manifests.values()
     return {
         "corpus": manifest.name,
         "manifest_uri": manifest.uri,
         "manifest_sha256": manifest.sha256,
         "target_role": recipe.data.target_role,
         "splits": dict(manifest.splits),
-        "sources": [
-            {
-                "name": source.name,
-                "license": source.license,
-                "records_in": source.records_in,
-                "kept": source.kept,
-                "rejected": source.rejected,
-            }
-            for source in manifest.sources
+        "sources": [source for one in data.manifests.values() for source in _source_facts(one)],
+        "other_corpora": [
+            {"corpus": other.name, "manifest_uri": other.uri, "manifest_sha256": other.sha256}
+            for other in others
         ],
     }
 
 
+def _source_facts(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": source.name,
+            "license": source.license,
+            "records_in": source.records_in,
+            "kept": source.kept,
+            "rejected": source.rejected,
+        }
+        for source in manifest.sources
+    ]
+
+
 def token_facts(data: RunData, packs_consumed: int) -> dict[str, Any]:
-    trained = data.plan.count(packs_consumed)
+    plan = data.packs.plan
+    parts = plan.count(packs_consumed)
     return {
         **asdict(data.counts),
-        "packs": trained.packs,
-        "pack_fill": round(trained.tokens / (trained.packs * data.max_length), 4),
-        "trained_rows": trained.rows,
-        "trained_tokens": trained.tokens,
-        "trained_learned_tokens": trained.learned_tokens,
+        "packs": sum(part.packs for part in parts.values()),
+        "pack_fill": round(fill_of(list(parts.values()), data.max_length), 4),
+        "trained_rows": sum(part.rows for part in parts.values()),
+        "trained_tokens": sum(part.tokens for part in parts.values()),
+        "trained_learned_tokens": sum(part.learned_tokens for part in parts.values()),
+        "trained_parts": [
+            {
+                "name": name,
+                "packs": part.packs,
+                "epochs": round(part.epochs, 4),
+                "rows": part.rows,
+                "tokens": part.tokens,
+                "learned_tokens": part.learned_tokens,
+            }
+            for name, part in parts.items()
+        ],
+        "trained_sources": [
+            {"name": name, "rows": int(rows), "tokens": int(tokens), "learned_tokens": int(learned)}
+            for name, (rows, tokens, learned) in tokens_by_source(plan, parts).items()
+        ],
     }
 
 
@@ -76,7 +102,9 @@ def model_facts(model: PreTrainedModel, model_args: ModelConfig) -> dict[str, An
     return {
         "architecture": type(model).__name__,
         "parameters_total": sum(_size(parameter) for parameter in model.parameters()),
-        "parameters_trainable": sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad),
+        "parameters_trainable": sum(
+            _size(parameter) for parameter in model.parameters() if parameter.requires_grad
+        ),
         "base_model": model_args.model_name_or_path,
         "base_revision": getattr(model.config, "_commit_hash", None),
     }

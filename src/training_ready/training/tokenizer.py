@@ -56,17 +56,27 @@ def train_tokenizer(
 
 
 def trained_once(
-    folder: Path, texts: Iterable[str], *, vocab_size: int, chat_template: str
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    chat_template: str,
+    checkpoint: Path | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer kept in ``folder``, trained there first if need be by this node's first process.
+    """The tokenizer kept in ``folder``; if need be it is put there first by this node's first process.
 
-    The other processes of the node wait for the folder, which appears complete or not at all.
+    It is the one of the ``checkpoint`` that the run continues from, else it is trained. The other processes of the
+    node wait for the folder, which appears complete or not at all.
     """
     if not folder.exists():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             building = folder.with_name(f".{folder.name}.building")
             shutil.rmtree(building, ignore_errors=True)
-            tokenizer = train_tokenizer(texts, vocab_size=vocab_size, chat_template=chat_template)
+            tokenizer = (
+                train_tokenizer(texts, vocab_size=vocab_size, chat_template=chat_template)
+                if checkpoint is None
+                else load_tokenizer(str(checkpoint))
+            )
             tokenizer.save_pretrained(building)
             os.replace(building, folder)
         else:

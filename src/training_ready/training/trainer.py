@@ -10,19 +10,32 @@ What it changes, and why:
 
 from __future__ import annotations
 
+import logging
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+from datasets import IterableDataset
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from training_ready import TrainingReadyError
+from training_ready.stream.attention import refuse_leak, refuse_unknown_backend
 from training_ready.stream.dataset import pack_stream
-from training_ready.stream.plan import PackPlan
+from training_ready.stream.groups import PackReader
+from training_ready.stream.sight import StreamSight
+from training_ready.training.checkpoint_keeper import CheckpointKeeper
 from training_ready.training.checkpoints import ResumeError, StreamState
+from training_ready.training.preemption import EvaluationAbandoned
+
+logger = logging.getLogger(__name__)
 
 
 class StreamSFTTrainer(SFTTrainer):
@@ -35,20 +48,25 @@ class StreamSFTTrainer(SFTTrainer):
         self,
         *,
         args: SFTConfig,
-        plan: PackPlan,
-        eval_plan: PackPlan | None,
+        packs: PackReader,
+        eval_packs: PackReader | None,
         start: StreamState,
+        checkpoints: CheckpointKeeper,
         **kwargs: Any,
     ) -> None:
-        self._plan, self._eval_plan, self._start = plan, eval_plan, start
+        self._packs, self._eval_packs, self._start = packs, eval_packs, start
+        self._first_step = start.step
+        self._checkpoints = checkpoints
         super().__init__(
             args=args,
-            train_dataset=pack_stream(plan, position=start.position),
+            train_dataset=pack_stream(packs, position=start.position, global_batch=start.global_batch),
             eval_dataset=None
-            if eval_plan is None
-            else pack_stream(eval_plan).take(eval_plan.packs_in_epoch(0)),
+            if eval_packs is None
+            else pack_stream(eval_packs).take(eval_packs.plan.packs_per_pass),
             **kwargs,
         )
+        # TRL counts from zero at every start.
+        self._total_train_tokens = sum(part.tokens for part in packs.plan.count(start.position).values())
         self.remove_callback(
             PrinterCallback
         )  # added because `disable_tqdm` is set; progress is shown by ours
@@ -58,7 +76,22 @@ class StreamSFTTrainer(SFTTrainer):
                 "tensor, context and sequence parallel ranks must share their packs, which this stream does not do "
                 "yet: set tp_size, cp_size and sp_size to 1 in the accelerate config"
             )
-        self._first_step: int = start.position // start.global_batch
+
+        if args.packing:
+            self._refuse_leaks()
+
+    def _refuse_leaks(self) -> None:
+        """Packing is proven on the model itself, where it lies whole in one process."""
+        refuse_unknown_backend(self.model.config._attn_implementation)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or any(map(_is_sharded, self.model.parameters())):
+            logger.info("packing: not proven on this model, whose weights are sharded; prove it on one process")
+            return
+        refuse_leak(
+            self.model,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            device=self.args.device,
+            half=self.args.bf16,
+        )
 
     @property
     def packs_consumed(self) -> int:
@@ -66,35 +99,52 @@ class StreamSFTTrainer(SFTTrainer):
         steps: int = self.state.global_step - self._first_step
         return self._start.position + steps * self._start.global_batch
 
+    @property
+    def can_give_up_a_step(self) -> bool:
+        """Whether the micro-batches of a step that is not complete can be forgotten without a trace."""
+        return not self.is_deepspeed_enabled  # its engine counts micro-batches and keeps gradients by itself
+
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        return self._loader(self._plan, position=self._start.position, micro_batch=self._train_batch_size)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # type: ignore[type-arg]
-        if self._eval_plan is None:
-            raise TrainingReadyError("evaluation needs data.eval_split in the recipe")
-        batch = self.args.per_device_eval_batch_size
-        packs = self._eval_plan.packs_in_epoch(0)
-        # Every rank takes equally many packs, or the collective that gathers losses would wait for ever; up to
-        # (ranks × batch − 1) packs from the beginning are evaluated twice to fill the last round.
-        rounds = math.ceil(packs / (batch * self.accelerator.num_processes))
-        return self._loader(self._eval_plan, position=0, micro_batch=batch, limit=rounds * batch)
-
-    def _loader(
-        self, plan: PackPlan, *, position: int, micro_batch: int, limit: int | None = None
-    ) -> DataLoader:  # type: ignore[type-arg]
         packs = pack_stream(
-            plan,
-            position=position,
+            self._packs,
+            position=self._start.position,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            micro_batch=micro_batch,
+            global_batch=self._start.global_batch,
         )
+        self._sight = StreamSight(self._packs, self.args.max_length, self._start.position)
+        # A run that was stopped after its last step has none left, and Trainer would train one more.
+        trained = self._start.step >= self.args.max_steps
+        return self._loader(packs.take(0) if trained else packs, self._train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # type: ignore[type-arg]
+        if self._eval_packs is None:
+            raise TrainingReadyError("evaluation needs data.eval_split in the recipe")
+        batch, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        # Every rank takes equally many packs, or the collective that gathers losses would wait for ever; up to
+        # (ranks × batch − 1) packs from the beginning are evaluated twice to fill the last round: empty ones would
+        # count as batches with a loss of 0.
+        rounds = math.ceil(self._eval_packs.plan.packs_per_pass / (batch * ranks))
+        packs = pack_stream(
+            self._eval_packs,
+            rank=self.accelerator.process_index,
+            world_size=ranks,
+            global_batch=batch * ranks,
+        )
+        return self._loader(packs.take(rounds * batch), batch)
+
+    def _loader(self, packs: IterableDataset, micro_batch: int) -> DataLoader:  # type: ignore[type-arg]
         return DataLoader(
-            packs if limit is None else packs.take(limit),
+            packs,
             batch_size=micro_batch,
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_world_process_zero():
+            logs.update(self._sight.since_last_log(self.packs_consumed))
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer saves experts one by one but on resume looks for fused ones, finds none, warns, and goes on with random
@@ -106,6 +156,13 @@ class StreamSFTTrainer(SFTTrainer):
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict(), strict=True)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            # The first step comes after a data loader has been made, and that draws a number.
+            again = partial(super()._load_rng_state, checkpoint)
+            self.add_callback(_BeforeTheFirstStep(again))
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # What transformers says in a warning: part of the model was not in the checkpoint and stays as it was made.
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -116,17 +173,53 @@ class StreamSFTTrainer(SFTTrainer):
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            StreamState(
-                position=self.packs_consumed,
-                global_batch=self._start.global_batch,
-                manifest_sha256=self._start.manifest_sha256,
-                tokens=self._start.tokens,
-                plan=self._start.plan,
-            ).write(folder)
+        step, keeper = self.state.global_step, self._checkpoints
+        try:
+            keeper.make_room(step, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+            with self._rotation_is_ours():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            keeper.complete(step)
+            self.accelerator.wait_for_everyone()
+            reached = replace(self._start, position=self.packs_consumed, step=step)
+            keeper.seal(step, reached, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
+            raise keeper.failed(step, error) from error
+
+    @contextmanager
+    def _rotation_is_ours(self) -> Iterator[None]:
+        """Trainer would delete older checkpoints before the new one is sealed."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return dict(super()._evaluate(*args, **kwargs))
+        except EvaluationAbandoned:
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics, trial))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: the card is the release's, generated from what happened (``release/card.py``)."""
+
+
+class _BeforeTheFirstStep(TrainerCallback):
+    """Does something once, when the first optimizer step begins."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self._action is not None:
+            self._action()
+            self._action = None
+
+
+def _is_sharded(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, DTensor)

@@ -1,24 +1,18 @@
 """Does the serving engine write the prompt that was trained? A chat template made explicit for minijinja.
 
-Training renders with Jinja, ``trim_blocks`` and ``lstrip_blocks`` on; TGI's router renders with minijinja 2.8, both off,
-and knows neither ``{% generation %}`` nor slices with a negative step. Jinja's own lexer applies the whitespace rules
-here, so that the written template says the same in both.
+Training renders with Jinja, ``trim_blocks`` and ``lstrip_blocks`` on; TGI's router renders with minijinja 2.8, both
+off, and knows neither ``{% generation %}`` nor everything that Jinja's expressions can say (:mod:`.template_rules`).
+Jinja's own lexer applies the whitespace rules here, so that the written template says the same in both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from training_ready.release.export import ExportError
-
-# What a minijinja that follows Rust's notion of a sequence would answer differently from Python's.
-_TESTS = {
-    "iterable": "(({0} is iterable or {0} is string) and {0} is not none)",
-    "sequence": "({0} is sequence or {0} is string or {0} is mapping)",
-}
-_OPENERS = {")": "(", "]": "[", "}": "{"}
+from training_ready.release.targets.template_rules import RULES, operand
 
 
 class Token(NamedTuple):
@@ -33,6 +27,36 @@ def normalise(template: str, constants: Mapping[str, str | None] | None = None) 
 
     Raises ExportError when `template` is not Jinja.
     """
+
+    def expression(tokens: Sequence[Token]) -> list[str]:
+        parts = _parts(tokens, constants or {})
+        for rule in RULES:
+            rule(parts)
+        return parts
+
+    return _rewritten(template, expression)
+
+
+def methods_as_calls(template: str, methods: Collection[str], function: str) -> str:
+    """``x.strip()`` as ``function(x, "strip")``, for a minijinja without Python's methods."""
+
+    def expression(tokens: Sequence[Token]) -> list[str]:
+        parts = _parts(tokens, {})
+        place = 1
+        while place < len(parts) - 2:
+            dot, name, opening = parts[place : place + 3]
+            if dot == "." and name in methods and opening == "(":
+                start = operand(parts, place)
+                comma = [] if parts[place + 3] == ")" else [","]
+                call = [function, "(", *parts[start:place], ",", json.dumps(name), *comma]
+                parts[start : place + 3] = call
+            place += 1
+        return parts
+
+    return _rewritten(template, expression)
+
+
+def _rewritten(template: str, expression: Callable[[Sequence[Token]], list[str]]) -> str:
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -41,30 +65,36 @@ def normalise(template: str, constants: Mapping[str, str | None] | None = None) 
         tokens = [Token(kind, text) for _, kind, text in environment.lex(template)]
     except TemplateSyntaxError as error:
         raise ExportError(f"the chat template is not Jinja: line {error.lineno}: {error.message}") from error
-    return "".join(_written(tokens, constants or {}))
+    return "".join(_written(tokens, expression))
 
 
-def _written(tokens: Sequence[Token], constants: Mapping[str, str | None]) -> Iterable[str]:
+def _written(tokens: Sequence[Token], expression: Callable[[Sequence[Token]], list[str]]) -> Iterator[str]:
     text = ""
-    place = 0
-    while place < len(tokens):
-        kind = tokens[place].kind
+    for kind, inner in _tags(tokens):
         if kind == "data":
-            text += tokens[place].text
-        elif kind in ("block_begin", "variable_begin"):
-            end = next(at for at in range(place, len(tokens)) if tokens[at].kind == kind[:-5] + "end")
-            inner = [token for token in tokens[place + 1 : end] if token.kind != "whitespace"]
-            place = end
-            if inner[:1] and inner[0].text in ("generation", "endgeneration") and kind == "block_begin":
-                place += 1
-                continue
-            yield _literal_text(text)
+            text += inner[0].text
+        elif kind == "variable":
+            yield _literal_text(text) + f"{{{{ {' '.join(expression(inner))} }}}}"
             text = ""
+        elif inner[0].text not in ("generation", "endgeneration"):
             # "+" keeps Jinja from applying the rules a second time.
-            opening, closing = ("{%+ ", " +%}") if kind == "block_begin" else ("{{ ", " }}")
-            yield opening + _expression(inner, constants) + closing
-        place += 1
+            yield _literal_text(text) + f"{{%+ {' '.join(expression(inner))} +%}}"
+            text = ""
     yield _literal_text(text, last=True)
+
+
+def _tags(tokens: Sequence[Token]) -> Iterator[tuple[str, list[Token]]]:
+    """("data", text), ("block", its tokens) and ("variable", its tokens); comments are left out."""
+    inner: list[Token] = []
+    for token in tokens:
+        if token.kind == "data":
+            yield "data", [token]
+        elif token.kind in ("block_begin", "variable_begin"):
+            inner = []
+        elif token.kind in ("block_end", "variable_end"):
+            yield token.kind.removesuffix("_end"), inner
+        elif token.kind != "whitespace":
+            inner.append(token)
 
 
 def _literal_text(text: str, *, last: bool = False) -> str:
@@ -79,7 +109,8 @@ def _literal_text(text: str, *, last: bool = False) -> str:
     return written
 
 
-def _expression(tokens: Sequence[Token], constants: Mapping[str, str | None]) -> str:
+def _parts(tokens: Sequence[Token], constants: Mapping[str, str | None]) -> list[str]:
+    """The tokens as text, strings escaped alike for both engines, constants in place."""
     parts: list[str] = []
     for place, token in enumerate(tokens):
         if token.kind == "string":
@@ -88,9 +119,7 @@ def _expression(tokens: Sequence[Token], constants: Mapping[str, str | None]) ->
             parts.append(json.dumps(constants[token.text] or "", ensure_ascii=False))
         else:
             parts.append(token.text)
-    _reverse_slices(parts)
-    _python_tests(parts)
-    return _spaced(parts)
+    return parts
 
 
 def _is_attribute(tokens: Sequence[Token], place: int) -> bool:
@@ -103,56 +132,3 @@ def _string(literal: str) -> str:
     """The same string with the escapes that both engines read: JSON's, non-ASCII characters as they are."""
     value = literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
     return json.dumps(value, ensure_ascii=False)
-
-
-def _reverse_slices(parts: list[str]) -> None:
-    """``x[::-1]`` becomes ``(x|reverse|list)``: minijinja 2.8 has no negative steps."""
-    wanted = ["[", ":", ":", "-", "1", "]"]
-    place = 0
-    while place < len(parts):
-        if parts[place : place + 6] == wanted:
-            start = _operand(parts, place)
-            parts[start : place + 6] = ["(", *parts[start:place], "|", "reverse", "|", "list", ")"]
-        place += 1
-
-
-def _python_tests(parts: list[str]) -> None:
-    place = 0
-    while place < len(parts):
-        negated = parts[place : place + 2] == ["is", "not"]
-        test = parts[place + 1 + negated] if parts[place] == "is" and place + 1 + negated < len(parts) else ""
-        if test in _TESTS:
-            start = _operand(parts, place)
-            written = _TESTS[test].format(_spaced(parts[start:place]))
-            parts[start : place + 2 + negated] = [f"(not {written})" if negated else written]
-            place = start
-        place += 1
-
-
-def _operand(parts: Sequence[str], end: int) -> int:
-    """Where the operand that stops before `end` begins: names, attributes, calls, subscripts and filters."""
-    place = end - 1
-    while True:
-        if parts[place] in _OPENERS:
-            depth = 0
-            while True:
-                depth += (parts[place] in _OPENERS) - (parts[place] in _OPENERS.values())
-                if depth == 0:
-                    break
-                place -= 1
-            if place and _ends_operand(parts[place - 1]):
-                place -= 1
-                continue
-        if place and parts[place - 1] in (".", "|"):
-            place -= 2
-            continue
-        return place
-
-
-def _ends_operand(part: str) -> bool:
-    keywords = ("in", "is", "not", "and", "or", "if", "elif", "else", "set", "for", "return")
-    return part in (")", "]") or part[-1:] == '"' or (part.isidentifier() and part not in keywords)
-
-
-def _spaced(parts: Sequence[str]) -> str:
-    return " ".join(parts)

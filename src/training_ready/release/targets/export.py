@@ -16,6 +16,7 @@ from training_ready.release.export import ExportError, whole_folder
 from training_ready.release.targets import gguf_file
 from training_ready.release.targets.adapter import write_adapter
 from training_ready.release.targets.ollama import modelfile
+from training_ready.release.targets.proof import compare_prompts, prompts_of, trained_prompts
 from training_ready.release.targets.table import TARGETS, refuse
 from training_ready.release.targets.tgi_config import tgi_config
 from training_ready.release.targets.tokenizer_files import (
@@ -62,7 +63,9 @@ def export_release(
         raise refuse(target, f"{release}, an adapter", "it needs merged weights (release build)", "adapter")
     config = {} if target == "adapter" else read_json(release / "config.json")
     if config.get("quantization_config"):
-        raise refuse(target, f"{release}", "its weights are quantised; export the unquantised ones", "hf")
+        raise ExportError(
+            f"{release}: its weights are quantised; build the release from the unquantised model"
+        )
     writers: dict[str, Callable[[Path], None]] = {
         "hf": lambda folder: _write_hf(release, folder, config, progress),
         "vllm": lambda folder: _write_hf(release, folder, config, progress),
@@ -98,11 +101,20 @@ def _write_hf(release: Path, folder: Path, config: Mapping[str, Any], progress: 
 def _write_tgi(release: Path, folder: Path, config: Mapping[str, Any], progress: Progress | None) -> None:
     written, changes = tgi_config(config)
     settings = tgi_tokenizer(release)
+    _check_template(release, settings)
     write_json(folder / "config.json", written)
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", special_tokens_map(settings))
     _copy(release, folder, ("generation_config.json", "tokenizer.json"))
     rewrite_weights(release, folder, changes, progress)
+
+
+def _check_template(release: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a template that changed its meaning, or that plain text does not pass through."""
+    passed = {name: settings[name] for name in ("bos_token", "eos_token") if settings.get(name)}
+    found = compare_prompts(trained_prompts(release), prompts_of(settings["chat_template"], passed))
+    if not found.passed:
+        raise refuse("tgi", "this chat template", found.result, "vllm")
 
 
 def _write_ollama(

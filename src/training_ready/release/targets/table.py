@@ -18,7 +18,7 @@ TGI_VERSION = "3.3.7"
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Served:
-    """How TGI serves an architecture: the limit of max |Δlogit| in fp32, and what its modules do with a few settings."""
+    """How TGI serves an architecture: the limit of max |Δlogit| in fp32, and what its modules make of settings."""
 
     limit: float = 0.0
     pads_heads: bool = False
@@ -66,7 +66,9 @@ GGUF_SERVES = ("llama", "mixtral")
 
 def refuse(target: str, what: str, reason: str, nearest: str) -> ExportError:
     """The one form of a refusal: what, why, and where to go."""
-    return ExportError(f"{target} cannot serve {what} faithfully: {reason}. Nearest target that can: {nearest}.")
+    return ExportError(
+        f"{target} cannot serve {what} faithfully: {reason}. Nearest target that can: {nearest}."
+    )
 
 
 def tgi_row(config: Mapping[str, Any]) -> Served:

@@ -28,6 +28,7 @@ def tgi_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Change]]
     if "dtype" in config:
         written["torch_dtype"] = config["dtype"]  # 8
     _flatten_rope(written)
+    _sliding_layers(written)
     if written["model_type"] == "deepseek_v2":
         _deepseek(written)
     if written["model_type"] == "starcoder2":  # 12
@@ -86,6 +87,24 @@ def _flatten_rope(config: dict[str, Any]) -> None:
     config["rope_scaling"] = None if _kind(rope) == "default" else {**rest, "type": _kind(rope)}
 
 
+def _sliding_layers(config: dict[str, Any]) -> None:
+    """`layer_types` in the words of 4.51.0: Gemma counts to its next full layer, others slide everywhere or nowhere."""
+    kinds = config.get("layer_types")
+    if not kinds or "chunked_attention" in kinds:
+        return
+    family, sliding = config["model_type"], [kind == "sliding_attention" for kind in kinds]
+    if family == "gemma3_text":
+        pattern = sliding.index(False) + 1 if False in sliding else len(sliding) + 1
+        config["sliding_window_pattern"] = pattern
+        if sliding == [bool(layer % pattern) for layer in range(1, len(sliding) + 1)]:
+            return
+    elif not any(sliding):
+        return
+    raise refuse(
+        "tgi", f"{family} with these layer_types", "TGI has no words for which of them slide", "vllm"
+    )
+
+
 def _kind(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", "default"))
 
@@ -98,6 +117,14 @@ def _refused_rope(family: str, kind: str) -> Exception:
 def _deepseek(config: dict[str, Any]) -> None:
     if config.get("rope_scaling") is None:  # 13
         length = config["max_position_embeddings"]
-        identity = {"factor": 1.0, "original_max_position_embeddings": length, "mscale": 1.0, "mscale_all_dim": 1.0}
+        identity = {
+            "factor": 1.0,
+            "original_max_position_embeddings": length,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
         config["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **identity}
-    config["qk_nope_dim"], config["qk_rope_dim"] = config["qk_nope_head_dim"], config["qk_rope_head_dim"]  # 14
+    config["qk_nope_dim"], config["qk_rope_dim"] = (
+        config["qk_nope_head_dim"],
+        config["qk_rope_head_dim"],
+    )  # 14

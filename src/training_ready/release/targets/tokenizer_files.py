@@ -43,7 +43,8 @@ def tgi_tokenizer(release: Path) -> dict[str, Any]:
         "eos_token": tokens[ends[0]]["content"],
         "additional_special_tokens": [text(token) for token in names],
         "added_tokens_decoder": {
-            str(number): {key: token[key] for key in token if key != "id"} for number, token in sorted(tokens.items())
+            str(number): {key: token[key] for key in token if key != "id"}
+            for number, token in sorted(tokens.items())
         },
         "clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces", False),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -70,7 +71,9 @@ def chat_template(release: Path) -> str:
         else read_json(release / "tokenizer_config.json").get("chat_template")
     )
     if not isinstance(template, str) or not template:
-        raise ExportError(f"{release} has no chat template; the one used in training must be released with the model")
+        raise ExportError(
+            f"{release} has no chat template; the one used in training must be released with the model"
+        )
     return template
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training_ready.moe.upcycle_shards import GIGABYTE, ShardedTensors, write_checkpoint
+from training_ready.moe.upcycle_shards import GIGABYTE, OutgoingTensor, ShardedTensors, write_checkpoint
 from training_ready.release.targets.table import refuse
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 # Where transformers 5 fuses experts in memory, and the names that engines look for on disk.
 _FUSED = re.compile(r"(?P<block>.*)\.mlp\.experts\.(?P<which>gate_up_proj|down_proj)$")
-_PER_EXPERT = {
+PER_EXPERT = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
@@ -35,22 +36,26 @@ def rewrite_weights(
     At most one output shard of 2 GB is in memory, and one mapped input file. `progress(done, total)` counts tensors.
     """
     changes = list(changes)
-    with ShardedTensors(release) as tensors:
-        return write_checkpoint(_changed(tensors, changes, progress), out, shard_bytes=SHARD_BYTES)
+    tensors = ShardedTensors(release)
+    return write_checkpoint(_changed(tensors, changes, progress), out, shard_bytes=SHARD_BYTES)
 
 
 def _changed(
     tensors: ShardedTensors, changes: list[Change], progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[OutgoingTensor]:
     names = tensors.names
     for done, name in enumerate(names, start=1):
-        pairs = [(name, tensors.get(name).clone())]
+        pairs = [(name, tensors.get(name))]
         for change in changes:
             pairs = [result for pair in pairs for result in change(*pair)]
-        while pairs:
-            yield pairs.pop()
+        for written, tensor in pairs:
+            yield OutgoingTensor(written, tensor.shape, tensor.dtype, partial(_put, tensor))
         if progress:
             progress(done, len(names))
+
+
+def _put(tensor: Tensor, place: Tensor) -> None:
+    place.copy_(tensor)
 
 
 def expert_by_expert(family: str) -> Change:
@@ -58,10 +63,13 @@ def expert_by_expert(family: str) -> Change:
 
     def change(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         match = _FUSED.fullmatch(name)
-        if match is None or family not in _PER_EXPERT:
+        if family not in PER_EXPERT:
             yield name, tensor
             return
-        block, gate, up, down = _PER_EXPERT[family]
+        block, gate, up, down = PER_EXPERT[family]
+        if match is None:
+            yield name.replace(".mlp.gate.", f".{block}.gate."), tensor
+            return
         for expert, matrix in enumerate(tensor):
             prefix = f"{match['block']}.{block}.experts.{expert}"
             if match["which"] == "down_proj":
@@ -77,7 +85,7 @@ def untied(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The embedding a second time as the output head."""
     yield name, tensor
     if name == "model.embed_tokens.weight":
-        yield "lm_head.weight", tensor.clone()
+        yield "lm_head.weight", tensor
 
 
 def zero_padded_heads(*, heads: int, key_value_heads: int, old: int, new: int) -> Change:

@@ -1,0 +1,144 @@
+"""May the release be pushed where the recipe says, and would its card be complete?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from training_ready.check.context import CheckContext
+from training_ready.check.finding import Finding, failed, not_run, passed, warned
+from training_ready.release.card import require_words
+from training_ready.release.commands import HUB_TOKEN
+from training_ready.release.connection import PUBLIC_HUB, hub_api, is_public_hub
+from training_ready.release.facts import CardError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_WRITE_ROLES = ("write", "admin")
+_SECONDS = 10
+
+
+def probe_hub(context: CheckContext) -> list[Finding]:
+    """Endpoint, token, right to write, name; and the texts that a card needs."""
+    findings = [*_card(context)]
+    repo_id = context.recipe.release.repo_id
+    if repo_id is None:
+        return [*findings, not_run("the recipe names no release.repo_id, so nothing would be pushed")]
+    if context.offline:
+        return [
+            *findings,
+            not_run("the hub needs the network, and this check is --offline", key="release.repo_id"),
+        ]
+    endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/")
+    token = os.environ.get("HF_TOKEN") or os.environ.get(HUB_TOKEN) or None
+    return [*findings, *_answers(context, endpoint, token, repo_id)]
+
+
+def _card(context: CheckContext) -> Iterator[Finding]:
+    try:
+        require_words(context.recipe.release)
+    except CardError as error:
+        say = warned if context.recipe.release.repo_id is None else failed
+        yield say(str(error), key="release")
+
+
+def _answers(context: CheckContext, endpoint: str, token: str | None, repo_id: str) -> Iterator[Finding]:
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        with hub_api(endpoint, token) as api:
+            yield from _permission(context, api, endpoint, repo_id)
+    except OfflineModeIsEnabled:
+        yield failed(
+            "HF_HUB_OFFLINE is set, so the hub cannot be asked", key="release.repo_id", fix="unset it"
+        )
+    except (httpx2.TransportError, ConnectionError, httpx2.InvalidURL) as error:
+        yield failed(
+            f"no hub answers at {endpoint} ({error})",
+            key="release.repo_id",
+            fix="start it (`training-ready hub serve`), or correct HF_ENDPOINT",
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = (error.server_message or str(error)).strip().splitlines()[0].rstrip(".")
+        fix = (
+            "set HF_TOKEN to a token of that hub with write access"
+            if status in (401, 403)
+            else "ask its operator"
+        )
+        yield failed(f"{endpoint} answers HTTP {status}: {said}", key="release.repo_id", fix=fix)
+
+
+def _permission(context: CheckContext, api: HfApi, endpoint: str, repo_id: str) -> Iterator[Finding]:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    who: dict[str, Any] = {}
+    if api.token is not False:  # a hub of one's own may ask for none
+        try:
+            who = api.whoami()
+        except LocalTokenNotFoundError:
+            yield failed(f"no token for {endpoint}", key="release.repo_id", fix="export HF_TOKEN")
+            return
+    name = str(who.get("name") or "everybody")
+    owner = repo_id.partition("/")[0] if "/" in repo_id else name
+    role = (who.get("auth") or {}).get("accessToken", {}).get("role")
+    if role is not None and role not in (*_WRITE_ROLES, "fineGrained"):
+        yield failed(
+            f"the token of {name} may only {role}", key="release.repo_id", fix="a token with the role write"
+        )
+        return
+    yield from _owner(who, name, owner, endpoint)
+    yield from _name(
+        context, api, repo_id, f"{endpoint} lets {name} in" + (f", token role {role}" if role else "")
+    )
+
+
+def _owner(who: dict[str, Any], name: str, owner: str, endpoint: str) -> Iterator[Finding]:
+    """On the public hub a name space is one's own or an organisation's; elsewhere the hub itself decides."""
+    groups = {group.get("name"): group.get("roleInOrg") for group in who.get("orgs", [])}
+    if (
+        is_public_hub(endpoint)
+        and owner != name
+        and groups.get(owner) not in ("admin", "write", "contributor")
+    ):
+        yield failed(
+            f"{name} may not write to {owner}; known: {name}, {', '.join(map(str, groups)) or 'no organisation'}",
+            key="release.repo_id",
+            fix=f"release.repo_id: {name}/NAME, or a token of {owner}",
+        )
+
+
+def _name(context: CheckContext, api: HfApi, repo_id: str, known: str) -> Iterator[Finding]:
+    """A push replaces what main holds: only a repository of ours, or a new or empty one, may be pushed to."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        there = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        yield passed(f"{known}; {repo_id} is free and would be created", repo_id=repo_id)
+        return
+    files = {sibling.rfilename for sibling in there.siblings or []} - {".gitattributes"}
+    if not files:
+        yield passed(f"{known}; {repo_id} is there and empty", repo_id=repo_id)
+    elif "training-ready" in _tags(api, there, repo_id, files):
+        yield passed(f"{known}; {repo_id} holds an earlier release, which the push replaces", repo_id=repo_id)
+    else:
+        yield failed(
+            f"{repo_id} holds {len(files)} files that are no release of this package, and the push would replace them",
+            key="release.repo_id",
+            fix="another name",
+        )
+
+
+def _tags(api: HfApi, there: Any, repo_id: str, files: set[str]) -> list[str]:
+    if there.tags:
+        return list(there.tags)
+    if "README.md" not in files:
+        return []
+    from huggingface_hub import ModelCard
+
+    text = api.hf_hub_download(repo_id, "README.md", revision=there.sha)
+    return list(ModelCard.load(text, ignore_metadata_errors=True).data.tags or [])
