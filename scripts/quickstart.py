@@ -57,7 +57,9 @@ def main() -> None:
             "OMP_NUM_THREADS": str(os.cpu_count()),
             **({} if console.is_terminal else {"TQDM_DISABLE": "1"}),
         }
-        console.print(f"An S3 store answers at {store.endpoint_url}, a hub at {hub.endpoint_url}.", highlight=False)
+        console.print(
+            f"An S3 store answers at {store.endpoint_url}, a hub at {hub.endpoint_url}.", highlight=False
+        )
 
         # ------------------------------------------------------------ bucket
         with stage("upload"):
@@ -70,7 +72,15 @@ def main() -> None:
         # ---------------------------------------------------------- training
         with stage("training"):
             launch_file = "accelerate_configs/cpu.yaml"
-            run(environment, "accelerate", "launch", "--config_file", launch_file, "scripts/run_sft.py", RECIPE)
+            run(
+                environment,
+                "accelerate",
+                "launch",
+                "--config_file",
+                launch_file,
+                "scripts/run_sft.py",
+                RECIPE,
+            )
 
         # ----------------------------------------------------------- release
         with stage("release"):
@@ -91,7 +101,9 @@ def only_one() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise TrainingReadyError("another quickstart is running in this folder: wait for it to end") from error
+            raise TrainingReadyError(
+                "another quickstart is running in this folder: wait for it to end"
+            ) from error
         yield
 
 
@@ -175,7 +187,9 @@ def records_table(data: dict[str, Any]) -> Table:
 
 def training_table(facts: dict[str, Any]) -> Table:
     tokens, loss = facts["tokens"], facts["loss"]
-    table = Table("steps", "tokens trained", "of them learned", "loss first → last", "evaluation", title="training")
+    table = Table(
+        "steps", "tokens trained", "of them learned", "loss first → last", "evaluation", title="training"
+    )
     table.title_justify = "left"
     table.add_row(
         str(facts["steps"]),
@@ -189,7 +203,9 @@ def training_table(facts: dict[str, Any]) -> Table:
 
 def expert_table(moe: dict[str, Any]) -> Table:
     experts = len(moe["layers"][0]["load"])
-    table = Table("layer", *(f"expert {i}" for i in range(experts)), title="share of tokens", title_justify="left")
+    table = Table(
+        "layer", *(f"expert {i}" for i in range(experts)), title="share of tokens", title_justify="left"
+    )
     for layer in moe["layers"]:
         table.add_row(str(layer["layer"]), *(f"{share:.1%}" for share in layer["load"]))
     return table

@@ -15,6 +15,11 @@ from .faulty_network import moto_store, moto_url, proxied, proxy
 __all__ = ["moto_store", "moto_url", "proxied", "proxy"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole runs first: two workers that take file after file then end together."""
+    items.sort(key=lambda item: not {"training", "journeys"} & set(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
     """One embedded store for the whole run."""

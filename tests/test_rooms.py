@@ -21,7 +21,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": {"release", "corpus"},
     "platforms": {"recipe", "storage"},
 }
-LIGHT = ["training_ready", "training_ready.cli", "training_ready.recipe.load", "training_ready.storage.objects"]
+LIGHT = [
+    "training_ready",
+    "training_ready.cli",
+    "training_ready.recipe.load",
+    "training_ready.storage.objects",
+]
 LIGHT += ["training_ready.corpus.build", "training_ready.corpus.manifest", "training_ready.platforms.ovh"]
 
 

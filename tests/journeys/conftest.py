@@ -20,7 +20,9 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def machine(store_server: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def machine(
+    store_server: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     """The environment of every command: an empty bucket and an empty hub on loopback."""
     folder = tmp_path_factory.mktemp("machine")
     bucket = f"journey-{os.getpid()}-{folder.name.replace('_', '-')}".lower()

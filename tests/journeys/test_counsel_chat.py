@@ -64,13 +64,18 @@ def test_the_loss_falls(run: Path) -> None:
     assert source["records_in"] == 2129 == source["kept"] + sum(source["rejected"].values())
 
 
-def test_the_published_model_is_the_trained_one(run: Path, trained: tuple[Any, Any], machine: dict[str, str]) -> None:
+def test_the_published_model_is_the_trained_one(
+    run: Path, trained: tuple[Any, Any], machine: dict[str, str]
+) -> None:
     from training_ready.release.connection import hub_api
 
     model, tokenizer = trained
     with hub_api(machine["HF_ENDPOINT"], None) as api:
         folder = api.snapshot_download(REPOSITORY, cache_dir=run.parent / "download")
-    again, again_tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    again, again_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     ids = tokenizer(QUESTION * 5, return_tensors="pt").input_ids
     assert again_tokenizer(QUESTION * 5, return_tensors="pt").input_ids.tolist() == ids.tolist()
     with torch.no_grad():
@@ -109,7 +114,9 @@ def test_the_service_gives_the_greedy_answer_of_the_trained_model(
     assert len(set(varied.split())) > 5
 
 
-def test_labels_are_the_therapists_turns_and_their_end(trained: tuple[Any, Any], machine: dict[str, str]) -> None:
+def test_labels_are_the_therapists_turns_and_their_end(
+    trained: tuple[Any, Any], machine: dict[str, str]
+) -> None:
     _, tokenizer = trained
     store = ObjectStore(StorageSettings.from_environment(machine, dotenv=False))
     manifest = Manifest.load(store, "final_dataset/counsel_chat/manifest.json")

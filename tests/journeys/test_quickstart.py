@@ -24,7 +24,8 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "recipes").mkdir()
     recipe = (REPOSITORY / "recipes/quickstart.yaml").read_text(encoding="utf-8")
-    for key, value in {"max_steps": 12, "save_steps": 4, "eval_steps": 6, "logging_steps": 1, "warmup_steps": 2}.items():
+    short = {"max_steps": 12, "save_steps": 4, "eval_steps": 6, "logging_steps": 1, "warmup_steps": 2}
+    for key, value in short.items():
         recipe, changed = re.subn(rf"^{key}: \S+", f"{key}: {value}", recipe, flags=re.MULTILINE)
         assert changed == 1, key
     (tmp_path / "recipes/quickstart.yaml").write_text(recipe, encoding="utf-8")

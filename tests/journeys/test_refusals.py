@@ -44,7 +44,12 @@ def test_wrong_key(refused: Refused) -> None:
 
 def test_no_credentials(refused: Refused) -> None:
     message = refused(
-        "training-ready", "data", "build", f"{CONVERSATIONS}/corpus.yaml", OVH_S3_ACCESS_KEY="", OVH_S3_SECRET_KEY=""
+        "training-ready",
+        "data",
+        "build",
+        f"{CONVERSATIONS}/corpus.yaml",
+        OVH_S3_ACCESS_KEY="",
+        OVH_S3_SECRET_KEY="",
     )
     for variable in ("OVH_S3_ACCESS_KEY", "OVH_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         assert variable in message
@@ -65,7 +70,9 @@ def test_a_source_that_cannot_be_used(
     csv.write_text(content, encoding="utf-8")
     done("training-ready", "data", "upload", csv, "--to", f"acquired/{tmp_path.name}")
     spec = tmp_path / "spec.yaml"
-    spec.write_text(SPEC.format(name=tmp_path.name, path=f"acquired/{tmp_path.name}/letters.csv"), encoding="utf-8")
+    spec.write_text(
+        SPEC.format(name=tmp_path.name, path=f"acquired/{tmp_path.name}/letters.csv"), encoding="utf-8"
+    )
     message = refused("training-ready", "data", "build", spec)
     for word in expected:
         assert word in message
@@ -88,10 +95,14 @@ def test_an_unknown_recipe_key(refused: Refused, tmp_path: Path) -> None:
 def test_a_hub_that_is_down(refused: Refused, tmp_path: Path) -> None:
     release = tmp_path / "release"
     release.mkdir()
-    message = refused("training-ready", "release", "publish", release, "me/model", HF_ENDPOINT="http://127.0.0.1:9")
+    message = refused(
+        "training-ready", "release", "publish", release, "me/model", HF_ENDPOINT="http://127.0.0.1:9"
+    )
     assert str(release) in message or "127.0.0.1:9" in message
 
 
 def test_a_run_that_never_finished_is_not_released(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert "recipe.yaml" in refused("training-ready", "release", "build", tmp_path / "run", tmp_path / "release")
+    assert "recipe.yaml" in refused(
+        "training-ready", "release", "build", tmp_path / "run", tmp_path / "release"
+    )

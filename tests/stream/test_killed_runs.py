@@ -129,7 +129,13 @@ def test_ten_kills_change_no_weight_and_other_world_sizes_no_row(
 ) -> None:
     whole = Run(tmp_path / "whole", environment)
     whole.finish(2)
-    counts = ("num_tokens", "stream/fill", "stream/epochs/early", "stream/epochs/later", *sorted(whole.sources()))
+    counts = (
+        "num_tokens",
+        "stream/fill",
+        "stream/epochs/early",
+        "stream/epochs/later",
+        *sorted(whole.sources()),
+    )
     assert [line[0] for line in whole.logged()] == list(range(1, STEPS + 1))
 
     killed, moments = Run(tmp_path / "killed", environment), random.Random(20)

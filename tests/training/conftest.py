@@ -72,7 +72,13 @@ def launch(corpus_environment: dict[str, str]) -> Launch:
         launcher = [sys.executable]
         if processes > 1:
             # `accelerate launch --cpu --num_processes 2` starts one process without a word.
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
         return subprocess.Popen(
             [*launcher, str(REPOSITORY / "scripts/run_sft.py"), str(recipe), *overrides],
             env={**os.environ, **corpus_environment, "ACCELERATE_USE_CPU": "1", **environment},

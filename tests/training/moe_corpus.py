@@ -36,7 +36,8 @@ def build_sixteen(server: EmbeddedStore, folder: Path) -> dict[str, str]:
     store.create_bucket_if_missing()
     rows = folder / "rows.jsonl"
     rows.write_text(
-        "".join(json.dumps(row) + "\n" for row in map(_row, range(CONVERSATIONS + HELD_OUT))), encoding="utf-8"
+        "".join(json.dumps(row) + "\n" for row in map(_row, range(CONVERSATIONS + HELD_OUT))),
+        encoding="utf-8",
     )
     store.put_file("sixteen/rows.jsonl", rows)
     spec = folder / "sixteen.yaml"
@@ -54,5 +55,5 @@ def _row(number: int) -> dict[str, object]:
         "messages": [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer[: 75 + (number * 7) % 15]},
-        ]
+        ],
     }

@@ -273,6 +273,7 @@ def test_an_evaluation_is_left_and_the_step_before_it_is_saved(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_kills_at_random_moments_end_with_the_same_weights(
     dense: Path, launch: Launch, tmp_path: Path, uninterrupted: Callable[..., Path], store: ObjectStore
 ) -> None:

@@ -80,7 +80,9 @@ def test_a_killed_run_continues_to_bit_equal_weights(
     expected, found = weights(whole / "checkpoint-12"), weights(broken / "checkpoint-12")
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
-    losses = [[(line["step"], line["loss"]) for line in metrics(run) if "loss" in line] for run in (whole, broken)]
+    losses = [
+        [(line["step"], line["loss"]) for line in metrics(run) if "loss" in line] for run in (whole, broken)
+    ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, 13))
 
@@ -120,7 +122,9 @@ def test_what_cannot_be_trained_is_refused_in_one_message(
     assert "did you mean" in refused(recipe, "learning_rte=1e-3")
     missing = refused(recipe, "data.corpus=final_dataset/nothing/manifest.json")
     assert "final_dataset/nothing/manifest.json" in missing
-    assert "OVH_S3" in refused(recipe, OVH_S3_ENDPOINT="http://127.0.0.1:9", OVH_S3_ACCESS_KEY="", OVH_S3_SECRET_KEY="")
+    assert "OVH_S3" in refused(
+        recipe, OVH_S3_ENDPOINT="http://127.0.0.1:9", OVH_S3_ACCESS_KEY="", OVH_S3_SECRET_KEY=""
+    )
     assert "127.0.0.1:9" in refused(recipe, OVH_S3_ENDPOINT="http://127.0.0.1:9")
 
     train(recipe, "max_steps=4")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from trl import ModelConfig, get_peft_config
 
+from training_ready.check.checkpointing import checkpointing_on, checkpointing_options
 from training_ready.check.context import CheckContext
 from training_ready.check.memory_arithmetic import (
     COMPUTED,
@@ -128,20 +129,14 @@ def _dtype(recipe: Recipe, config: Any) -> torch.dtype:
 
 
 def _checkpointing(recipe: Recipe) -> Checkpointing:
-    chosen = recipe.effective("activation_checkpointing")
-    if not (recipe.effective("gradient_checkpointing") if chosen is None else chosen):
+    if not checkpointing_on(recipe):
         return "off"
-    return "selective" if _checkpointing_kwargs(recipe).get("selective") else "on"
-
-
-def _checkpointing_kwargs(recipe: Recipe) -> Mapping[str, Any]:
-    keys = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    return next((recipe.effective(key) for key in keys if recipe.effective(key)), {})
+    return "selective" if checkpointing_options(recipe).get("selective") else "on"
 
 
 def _reentrant(recipe: Recipe, ranks: Ranks) -> bool:
     forced = ranks.sharding == "zero3" and recipe.effective("use_peft")
-    return bool(forced or _checkpointing_kwargs(recipe).get("use_reentrant"))
+    return bool(forced or checkpointing_options(recipe).get("use_reentrant"))
 
 
 def _ranks(topology: Topology, recipe: Recipe, hidden: int) -> Ranks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+from training_ready.check.checkpointing import checkpointing_on, checkpointing_options
 from training_ready.check.context import CheckContext, Missing
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.check.topology_model import MODEL_RULES
@@ -224,7 +225,7 @@ def _two_places(context: CheckContext) -> Iterator[Finding]:
 # --------------------------------------------------------------------------- memory savers
 def _checkpointing(context: CheckContext) -> Iterator[Finding]:
     t, recipe = context.topology, context.recipe
-    on = bool(recipe.effective("activation_checkpointing"))
+    on = checkpointing_on(recipe)
     key = context.first_set("activation_checkpointing", _FILE)
     if on and t.fsdp.get("fsdp_activation_checkpointing"):
         yield failed(
@@ -233,7 +234,7 @@ def _checkpointing(context: CheckContext) -> Iterator[Finding]:
             key=key,
             fix="fsdp_activation_checkpointing: false",
         )
-    chosen = recipe.effective("activation_checkpointing_kwargs") or {}
+    chosen = checkpointing_options(recipe)
     if chosen.get("selective"):
         forced = recipe.effective("use_peft") and t.sharding == "zero3"
         if not on:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from training_ready.check.checkpointing import checkpointing_on, checkpointing_options
 from training_ready.check.context import CheckContext
 from training_ready.check.finding import Finding, failed, warned
 from training_ready.moe.families import MoEError, MoEFamily, moe_family
@@ -95,10 +96,10 @@ def _balance(context: CheckContext) -> Iterator[Finding]:
             str(error), key=context.first_set("moe.balance_coefficient", "router_aux_loss_coef", "moe.z_loss")
         )
         return
-    if not plan.needs_gradient or not recipe.effective("activation_checkpointing"):
+    if not plan.needs_gradient or not checkpointing_on(recipe):
         return
     forced = recipe.effective("use_peft") and context.topology.sharding == "zero3"
-    if forced or (recipe.effective("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+    if forced or checkpointing_options(recipe).get("use_reentrant"):
         why = "TRL forces it for LoRA under ZeRO-3" if forced else "use_reentrant is true"
         yield failed(
             f"re-entrant checkpointing ({why}) takes the gradient from the routers' loss, whose value is still logged",

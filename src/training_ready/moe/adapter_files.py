@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training_ready.moe.experts_lora import PROJECTIONS, SplitLora, add_expert_adapters, expert_adapters
 from training_ready.moe.families import MoEError
@@ -27,12 +26,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
-def save_expert_adapters(
-    model: Any, folder: Path, *, base_model: str | None = None, write: bool = True
-) -> None:
+def save_expert_adapters(model: Any, folder: Path, *, base_model: str | None = None) -> None:
     """Write the expert adapters as a PEFT adapter into ``folder``.
-
-    With weights spread over ranks a collective call: every rank takes part, those with ``write`` false only so.
 
     If the folder already holds an adapter of PEFT (of the attention, say), the experts are added to it, so
     that one folder is the whole adapter; both must then share rank and alpha. Dropout is written as 0,
@@ -45,17 +40,13 @@ def save_expert_adapters(
     first = layers[0][1][names[0]]
     if not isinstance(first, SplitLora):
         raise MoEError(f"{layers[0][0]}: {type(first).__name__} is no expert adapter.")
-    tensors: dict[str, Tensor] = {}
+    config = _config(folder, first, names, base_model or getattr(model.config, "_name_or_path", None))
+    tensors = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
     for module, adapters in layers:
         for key, adapter in _keys(module.removeprefix(PREFIX), names, adapters):
-            a, b = _whole(adapter.A), _whole(adapter.B)
-            tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).contiguous()
-            tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
-    if not write:
-        return
-    config = _config(folder, first, names, base_model or getattr(model.config, "_name_or_path", None))
-    if (folder / WEIGHTS).exists():
-        tensors = {**load_file(folder / WEIGHTS), **tensors}
+            a, b = adapter.A.detach(), adapter.B.detach()
+            tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(
@@ -92,8 +83,8 @@ def fill_expert_adapters(model: Any, folder: Path) -> dict[str, Tensor]:
             a = _take(tensors, f"{key}.lora_A.weight", (experts * rank, adapter.A.shape[2]), folder)
             b = _take(tensors, f"{key}.lora_B.weight", (adapter.B.shape[1], rank * experts), folder)
             with torch.no_grad():
-                _assign(adapter.A, a.view(adapter.A.shape))
-                _assign(adapter.B, b.view(adapter.B.shape[1], rank, experts).permute(2, 0, 1))
+                adapter.A.copy_(a.view_as(adapter.A))
+                adapter.B.copy_(b.view(adapter.B.shape[1], rank, experts).permute(2, 0, 1))
     return tensors
 
 
@@ -128,21 +119,6 @@ def _read(folder: Path) -> dict[str, Tensor]:
         return dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
         raise MoEError(f"{folder}: not a readable PEFT adapter ({error}).") from error
-
-
-def _assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this rank may hold only a part."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(
-            whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements
-        )
-    parameter.copy_(whole)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The whole tensor of a parameter that may be spread over ranks; then a collective call."""
-    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return full.detach().cpu()
 
 
 def _keys(module: str, names: list[str], adapters: nn.ModuleDict) -> list[tuple[str, SplitLora]]:

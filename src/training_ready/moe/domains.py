@@ -25,7 +25,8 @@ def mutual_information(counts: Tensor) -> Tensor:
     joint = joint / joint.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
     domain, expert = joint.sum(dim=-1), joint.sum(dim=-2)
     entropies = [torch.special.entr(part).sum(dim=-1) for part in (domain, expert, joint.flatten(-2))]
-    return (entropies[0] + entropies[1] - entropies[2]).clamp(min=0)
+    information: Tensor = entropies[0] + entropies[1] - entropies[2]
+    return information.clamp(min=0)
 
 
 class DomainLoadMonitor:

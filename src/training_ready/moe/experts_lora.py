@@ -40,11 +40,13 @@ class SplitLora(nn.Module):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
+        first: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
+        """``first``: under expert parallelism the first expert whose weights lie on this rank."""
         super().__init__()
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rank, self.alpha, self.dropout, self.first = rank, alpha, dropout, first
         self.A = nn.Parameter(torch.empty(experts, rank, in_features, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(experts, out_features, rank, dtype=dtype, device=device))
         nn.init.uniform_(self.A, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
@@ -54,8 +56,9 @@ class SplitLora(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, rows: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S, in) rows sorted by expert, ``ends`` (E,) the row after each expert's last -> (S, out) in ``dtype``."""
-        a, b = self.A.to(dtype), self.B.to(dtype)
+        """(S, in) rows sorted by expert, ``ends`` (E here,): row after each expert's last -> (S, out), ``dtype``."""
+        here = slice(self.first, self.first + ends.numel())
+        a, b = self.A[here].to(dtype), self.B[here].to(dtype)
         missing = -self.rank % 8 if rows.is_cuda else 0
         if missing:  # grouped products on CUDA need rows of a multiple of 16 bytes
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
@@ -157,6 +160,7 @@ def add_expert_adapters(
                 rank=rank,
                 alpha=alpha,
                 dropout=dropout,
+                first=_first_here(experts, weight),
                 dtype=dtype,
                 device=weight.device,
             ).train(experts.training)
@@ -164,6 +168,22 @@ def add_expert_adapters(
         added += [adapter for adapter in adapters.values() if isinstance(adapter, SplitLora)]
     model.set_experts_implementation(IMPLEMENTATION)
     return added
+
+
+def _first_here(experts: Any, weight: nn.Parameter | Nf4Experts) -> int:
+    """The first expert of this rank, 0 where every rank has all of them.
+
+    Adapters are small and stay whole on every rank, which uses its part: their gradients are then averaged like those
+    of any other replicated parameter, and files need no gathering.
+    """
+    if not experts._is_expert_parallel:
+        return 0
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or "ep" not in (mesh.mesh_dim_names or ()):
+        raise MoEError(
+            f"{type(experts).__name__} is expert parallel, but its weights are on no mesh named 'ep'."
+        )
+    return int(mesh["ep"].get_local_rank() * experts.num_experts)
 
 
 def expert_adapters(model: Any) -> Iterator[tuple[str, nn.ModuleDict]]:

@@ -51,7 +51,9 @@ class MixturePart(Section):
     components: list[str] | None = Field(
         None, min_length=1, description="Rows with one of these component annotations only."
     )
-    weight: float | None = Field(None, ge=0, description="Share of the mixture; null in all parts: their own sizes.")
+    weight: float | None = Field(
+        None, ge=0, description="Share of the mixture; null in all parts: their own sizes."
+    )
     max_epochs: float | None = Field(
         None, gt=0, description="Passes after which the part is used up and the others take its place."
     )

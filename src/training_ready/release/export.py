@@ -84,7 +84,9 @@ def _merged(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     from training_ready.moe.experts_lora import merge_expert_adapters
 
     if not adapts_experts(checkpoint):
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, checkpoint).merge_and_unload(safe_merge=True)
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, checkpoint).merge_and_unload(
+            safe_merge=True
+        )
         return merged
     others = load_expert_adapters(model, checkpoint)
     merge_expert_adapters(model)

@@ -82,15 +82,13 @@ class BlockReader:
         """
         shard, local = self._index.home_of(block)
         lock, file = self._shard(shard)
-        where = f"{self._store.uri(self._index.shards[shard])}: row group {local}"
+        begin = file.metadata.row_group(local).column(0).data_page_offset
+        where = f"{self._store.uri(self._index.shards[shard])}: row group {local} (from byte {begin})"
         try:
             with lock:  # a Parquet file is not for two threads at once
                 table = file.read_row_group(local, columns=list(_READ))
         except (pa.ArrowException, OSError) as error:  # a page without its checksum, most likely
-            begin = file.metadata.row_group(local).column(0).data_page_offset
-            raise StreamError(
-                f"{where} (from byte {begin}) cannot be read: {error}. {_MADE_AGAIN}"
-            ) from error
+            raise StreamError(f"{where} cannot be read: {error}. {_MADE_AGAIN}") from error
         expected = self._index.lengths[slice(*self._index.block_starts[block : block + 2])]
         if not np.array_equal(pc.list_value_length(table[_READ[0]]).to_numpy(), expected):
             raise StreamError(f"{where} holds other rows than the index says. {_MADE_AGAIN}")

@@ -26,7 +26,7 @@ from training_ready.stream.order import ROWS, Indices, block_groups, generator, 
 from training_ready.stream.packs import best_fit_decreasing
 from training_ready.stream.shards import StreamError
 
-_GROUPS_KEPT = 256  # packed groups kept by a line: 8 bytes a row
+_GROUPS_KEPT = 1024  # packed groups kept by a line: 8 bytes a row
 
 # Per cell: rows, tokens, learned tokens. int64 (cells, 3)
 CellCounts = npt.NDArray[np.int64]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from datasets import IterableDataset
 
 from training_ready.corpus.manifest import Manifest
+from training_ready.storage.disk_cache import DiskCache
 from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
@@ -69,7 +70,7 @@ def load(
     """
     settings = settings or StorageSettings.from_environment()
     place = locate(settings, manifest)
-    store = ObjectStore(settings, place.bucket)
+    store = ObjectStore(settings, place.bucket, cache=DiskCache.from_environment())
     corpus = Manifest.load(store, place.key)
     shards = corpus.shards_of(split)
     if not shards:

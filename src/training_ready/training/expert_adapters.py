@@ -35,10 +35,10 @@ def adapt_experts(model: Any, chosen: ExpertAdaptersSection) -> str:
     )
 
 
-def write_adapters(model: Any, folder: Path, *, write: bool) -> None:
-    """Add the experts' adapters to the adapter that PEFT has written to ``folder``, if it has; a collective call."""
+def write_adapters(model: Any, folder: Path) -> None:
+    """Add the experts' adapters to the adapter that PEFT has written to ``folder``, if it has."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    save_expert_adapters(model, folder, base_model=inner.config._name_or_path, write=write)
+    save_expert_adapters(model, folder, base_model=inner.config._name_or_path)
 
 
 def read_adapters(model: Any, folder: Path) -> None:

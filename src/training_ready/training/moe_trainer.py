@@ -173,8 +173,8 @@ class MoETrainer(StreamSFTTrainer):
                 self.processing_class.save_pretrained(folder)
         else:
             super().save_model(output_dir, _internal_call)
-        if self._adapters:
-            write_adapters(self.model, folder, write=self.args.should_save)
+        if self._adapters and self.args.should_save:
+            write_adapters(self.model, folder)
         if self.router_losses is not None and self.args.should_save:
             self.router_losses.save(folder)
 

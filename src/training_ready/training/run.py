@@ -33,7 +33,7 @@ from training_ready.training.callbacks import MetricsFile, MirrorCost, ProgressD
 from training_ready.training.checkpoint_keeper import CheckpointKeeper
 from training_ready.training.checkpoints import Interrupted, ResumeError, StreamState
 from training_ready.training.data import RunData, corpus_texts, open_corpus, order_facts, prepare_data
-from training_ready.training.model import ModelError, build_model, load_model
+from training_ready.training.model import build_model, load_model
 from training_ready.training.moe_trainer import MoETrainer
 from training_ready.training.nodes import find_nodes
 from training_ready.training.placement import PlacementCheck
@@ -41,6 +41,7 @@ from training_ready.training.plots import plot_loss
 from training_ready.training.preemption import EvaluationAbandoned, StopReason, StopSignals, StopTogether
 from training_ready.training.resume import bring_metrics, bucket_of, checkpoint_to_resume, open_mirror
 from training_ready.training.run_folder import RunFolder
+from training_ready.training.scratch import ModelError
 from training_ready.training.tokenizer import load_tokenizer, trained_once
 from training_ready.training.trainer import StreamSFTTrainer
 
@@ -69,9 +70,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     model_args = model_config(recipe)
     args = sft_config(recipe)  # from here on the ranks can speak to each other
     nodes, bucket = find_nodes(folder.path), bucket_of(recipe)
-    checkpoint = checkpoint_to_resume(
-        folder.path, recipe.trl.get("resume_from_checkpoint"), bucket, nodes
-    )
+    checkpoint = checkpoint_to_resume(folder.path, recipe.trl.get("resume_from_checkpoint"), bucket, nodes)
 
     # ------------------------------------------------- tokenizer, then tokens
     tokenizer = _tokenizer(recipe, model_args, store, manifest, folder, checkpoint)
@@ -96,7 +95,11 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
             checkpoints=CheckpointKeeper(folder.path, nodes, limit=args.save_total_limit, mirror=mirror),
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
-            callbacks=[MetricsFile(folder), ProgressDisplay(console), *([MirrorCost(mirror)] if mirror else [])],
+            callbacks=[
+                MetricsFile(folder),
+                ProgressDisplay(console),
+                *([MirrorCost(mirror)] if mirror else []),
+            ],
         )
         stop = StopTogether(signals, deadline=deadline, whole_steps=not trainer.can_give_up_a_step)
         trainer.add_callback(stop)
@@ -110,7 +113,9 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
                 evaluation = _final_evaluation(trainer)
         if stop.reason is not StopReason.NONE:
             return _stopped(stop, trainer, folder)
-        load = trainer.expert_load.total() if isinstance(trainer, MoETrainer) and trainer.expert_load else None
+        load = (
+            trainer.expert_load.total() if isinstance(trainer, MoETrainer) and trainer.expert_load else None
+        )
         if mirror is not None:
             mirror.finish()  # a run is done when its last checkpoint is where it was promised to be
 
@@ -124,7 +129,11 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
                     "wall_seconds": round(time.time() - started, 1),
                     "steps": trainer.state.global_step,
                     "seed": args.seed,
-                    "recipe": {"path": str(recipe.path), "sha256": recipe.sha256, "resolved": recipe.to_yaml()},
+                    "recipe": {
+                        "path": str(recipe.path),
+                        "sha256": recipe.sha256,
+                        "resolved": recipe.to_yaml(),
+                    },
                     "data": summary.data_facts(recipe, data),
                     "tokens": summary.token_facts(data, trainer.packs_consumed),
                     "loss": summary.loss_facts(folder, evaluation),
@@ -271,7 +280,5 @@ def _draw(folder: RunFolder, name: str, load: LoadSnapshot | None) -> list[str]:
     )
     if load is None:
         return ["loss.png"]
-    plot_expert_load(
-        load, folder.path / "expert_load.png", title=f"{name}: expert load"
-    )
+    plot_expert_load(load, folder.path / "expert_load.png", title=f"{name}: expert load")
     return ["loss.png", "expert_load.png"]

@@ -32,7 +32,8 @@ def scratch_config(
             f"model.config.model_type: transformers knows no {model_type!r}; {hint or 'correct it'}"
         )
     kind = CONFIG_MAPPING[model_type]
-    known = {*kind().to_dict(), *kind.attribute_map}  # a config takes any other name too, and ignores it
+    # A config takes any other name too, and ignores it; head_dim alone is read by models whose config lacks it.
+    known = {*kind().to_dict(), *kind.attribute_map, "head_dim"}
     unknown = [f"{name} ({did_you_mean(name, known) or 'ignored'})" for name in values if name not in known]
     if unknown:
         raise ModelError(f"model.config: {kind.__name__} has no {', '.join(unknown)}")

@@ -111,7 +111,8 @@ def load_tokenizer(
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise TokenizerError(
-            f"{name_or_path!r} has no padding token of its own (pad {tokenizer.pad_token!r}, EOS {tokenizer.eos_token!r}): "
+            f"{name_or_path!r} has no padding token of its own (pad {tokenizer.pad_token!r}, EOS "
+            f"{tokenizer.eos_token!r}): "
             "padding with the token that ends a turn hides from the model when to stop. Name an unused special token "
             "with `pad_token:` in the recipe."
         )

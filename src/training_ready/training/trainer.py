@@ -83,8 +83,14 @@ class StreamSFTTrainer(SFTTrainer):
     def _refuse_leaks(self) -> None:
         """Packing is proven on the model itself, where it lies whole in one process."""
         refuse_unknown_backend(self.model.config._attn_implementation)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or any(map(_is_sharded, self.model.parameters())):
-            logger.info("packing: not proven on this model, whose weights are sharded; prove it on one process")
+        if (
+            self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or any(map(_is_sharded, self.model.parameters()))
+        ):
+            logger.info(
+                "packing: not proven on this model, whose weights are sharded; prove it on one process"
+            )
             return
         refuse_leak(
             self.model,
@@ -147,9 +153,9 @@ class StreamSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Trainer saves experts one by one but on resume looks for fused ones, finds none, warns, and goes on with random
-        # experts; `from_pretrained` converts. Remove when https://github.com/huggingface/transformers/issues/48805 is
-        # mended (there in 5.23).
+        # Trainer saves experts one by one but on resume looks for fused ones, finds none, warns, and goes on with
+        # random experts; `from_pretrained` converts. Remove when
+        # https://github.com/huggingface/transformers/issues/48805 is mended (it is there in 5.23).
         if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
