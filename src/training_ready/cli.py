@@ -19,7 +19,7 @@ from training_ready.release import commands as release
 from training_ready.release.targets import commands as targets
 from training_ready.serving import commands as serving
 from training_ready.storage import commands as storage
-from training_ready.stream import commands as stream
+from training_ready.training import commands as training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,9 +50,9 @@ _data = _group("data", "What do we train on? Upload sources, build corpora, prov
 _data.command("verify")(storage.data_verify)
 _data.command("upload")(storage.data_upload)
 _data.command("build")(corpus.data_build)
-_data.command("peek", context_settings=stream.TAKES_OVERRIDES)(stream.data_peek)
-_data.command("stats", context_settings=stream.TAKES_OVERRIDES)(stream.data_stats)
-_data.command("simulate", context_settings=stream.TAKES_OVERRIDES)(stream.data_simulate)
+_data.command("peek", context_settings=training.TAKES_OVERRIDES)(training.data_peek)
+_data.command("stats", context_settings=training.TAKES_OVERRIDES)(training.data_stats)
+_data.command("simulate", context_settings=training.TAKES_OVERRIDES)(training.data_simulate)
 
 _moe = _group("moe", "How does a dense model become domain experts? Upcycle, export.")
 _moe.command("upcycle")(moe.moe_upcycle)

@@ -1,7 +1,8 @@
 """Where should a token of each domain be sent before any router was trained?
 
 To the expert whose row points where that domain's hidden states lie: the mean input of the feed-forward over a
-domain's tokens, minus the mean over domains, at unit length. Measured against random rows in ``docs/moe.md``.
+domain's tokens, minus the mean over domains, at unit length. What one toy seed says of it
+stands in ``docs/moe.md``.
 """
 
 from __future__ import annotations
