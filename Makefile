@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-slow lint docs constraints clean
+.PHONY: help setup quickstart test test-slow lint docs clean
 
 help:
 	@echo "make quickstart   the whole journey on this machine: bucket, corpus, training, release, service"
@@ -38,5 +38,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/python -m training_ready.recipe.generate_schema
+	$(BIN)/python -m training_ready.recipe.docs_page > docs/recipes.md
+	$(BIN)/training-ready recipe schema > recipes/recipe.schema.json
+
 clean:
-	rm -rf .quickstart runs/quickstart $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .quickstart runs/quickstart $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,9 @@
 
     make quickstart
 
-Every stage is the command that you would type, and is printed before it runs. What is done is kept in `.quickstart/`
-and `runs/quickstart/`: a second run reuses it, and a run that was killed goes on where it stopped.
+Every stage is a command, printed before it runs, that finds this script's store and hub in its environment. What is
+done is kept in `.quickstart/` and `runs/quickstart/`: a second run reuses it, and one that was killed goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.table import Table
+from rich.text import Text
 
 from training_ready import TrainingReadyError
 from training_ready.release.hub_server import EmbeddedHub
@@ -57,8 +59,15 @@ def main() -> None:
             "OMP_NUM_THREADS": str(os.cpu_count()),
             **({} if console.is_terminal else {"TQDM_DISABLE": "1"}),
         }
+        # Servers on this machine are never asked for through a proxy, by the commands or by this process.
+        environment["NO_PROXY"] = os.environ["NO_PROXY"] = (
+            f"{os.environ.get('NO_PROXY', '')},127.0.0.1".strip(",")
+        )
         console.print(
-            f"An S3 store answers at {store.endpoint_url}, a hub at {hub.endpoint_url}.", highlight=False
+            f"An S3 store answers at {store.endpoint_url}, a hub at {hub.endpoint_url}. To type the commands yourself, "
+            f"start both with `training-ready store serve {STATE}/store --bucket {BUCKET}` and "
+            f"`training-ready hub serve --root {STATE}/hub`, which print the variables to export.",
+            highlight=False,
         )
 
         # ------------------------------------------------------------ bucket
@@ -163,8 +172,10 @@ def show(url: str, answer: str) -> None:
     kept.add_row("answered at", f"{url} (the service has stopped with this script)")
     kept.add_row("wall time", ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
     console.print(kept, highlight=False)
-    console.print(Panel(PROMPT, title="prompt", title_align="left"))
-    console.print(Panel(answer.strip() or "(it ended its turn at once)", title="answer", title_align="left"))
+    console.print(Panel(Text(PROMPT), title="prompt", title_align="left"))
+    console.print(
+        Panel(Text(answer.strip() or "(it ended its turn at once)"), title="answer", title_align="left")
+    )
     console.print(
         f"{facts['model']['parameters_total'] / 1e6:.1f} million weights trained from nothing on "
         f"{facts['data']['splits']['train']} conversations can repeat their sound, not their sense: this shows that "

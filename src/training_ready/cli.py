@@ -1,4 +1,4 @@
-"""The front door: ``training-ready check · data · train · release · serve · launch …``.
+"""The front door: ``training-ready recipe · check · data · moe · release · serve · launch …``.
 
 Each command lives in its room's ``commands.py`` and imports what is heavy only when it runs.
 """

@@ -6,6 +6,7 @@ Run by test_monitor.py as ``two_ranks.py RANK FOLDER``; writes FOLDER/rankN.json
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -66,3 +67,5 @@ def main(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # at Python's own exit a thread of gloo that is still running aborts the process now and then

@@ -98,7 +98,7 @@ def test_sections_have_their_defaults(write: Any) -> None:
     assert recipe.model.config is None
     assert recipe.moe.watch is True
     assert recipe.budget.max_hours is None
-    assert (recipe.release.private, recipe.release.language) == (True, ["en"])
+    assert recipe.release.language == ["en"]
     assert recipe.launch.ovh is None
     assert set(recipe.trl) == {"output_dir", "model_name_or_path"}
 

@@ -51,7 +51,7 @@ def build_corpus(
 
     Args:
         replace: build although a different corpus of this name stands. Its manifest is kept as
-            ``manifest.<sha256>.json`` and its shards stay, so that whoever reads it can finish.
+            ``manifest.<12 digits>.json`` and its shards stay, so that whoever reads it can finish.
         processed_at: the time that records and manifest bear; now, unless given.
 
     Raises:

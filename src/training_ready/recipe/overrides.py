@@ -43,6 +43,7 @@ def _pairs(words: Words[str]) -> tuple[list[tuple[str, str]], list[Fault]]:
         if word.startswith("--"):
             first, dot, rest = key.partition(".")
             key = first.replace("-", "_") + dot + rest
+        key = "resume_from_checkpoint" if key == "resume" else key  # short for TRL's own key
         if not _KEY.fullmatch(key):
             faults.append(Fault(_ORIGIN, "", f"cannot read {_shown(word)}; write key=value or --key value"))
         elif equals:

@@ -261,7 +261,6 @@ class ReleaseSection(Section):
         description="What will serve the release: transformers, vLLM, TGI 3.3.7, llama.cpp, ollama, or an engine that "
         "adds the adapter to its base.",
     )
-    private: bool = Field(True, description="Create the repository private.")
     license: str | None = Field(
         None, min_length=1, description="Licence of the released weights (SPDX or hub id)."
     )

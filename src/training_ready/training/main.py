@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,7 +15,6 @@ from training_ready.recipe.recipe import Recipe
 from training_ready.storage.embedded import die_with_parent
 from training_ready.training.checkpoints import INTERRUPTED_STATUS, Interrupted
 
-_RESUME = re.compile(r"^(--)?resume=")  # `resume=auto` is short for TRL's own key
 _USAGE = "usage: accelerate launch scripts/run_sft.py [--skip PROBE]... RECIPE.yaml [key=value ...]"
 
 Check = Callable[[str, Sequence[str], Sequence[str]], None]
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str], *, check: Check | None = None) -> int:
         print(_USAGE)
         return 0 if arguments else 2
     try:
-        overrides = [_RESUME.sub("resume_from_checkpoint=", word) for word in arguments[1:]]
+        overrides = arguments[1:]
         recipe = load_recipe(arguments[0], overrides)
         _prepare_environment(recipe)
         if check is not None:
