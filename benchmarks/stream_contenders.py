@@ -73,15 +73,17 @@ def bound(job: dict[str, Any]) -> dict[str, Any]:
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Tokenise (or find the tokens of a run before), plan, and read every pack of an epoch."""
+    import torch  # noqa: F401 - `datasets` imports it at the first row, and a trainer long before
+
     from training_ready.corpus.manifest import Shard
-    from training_ready.storage.objects import ObjectStore
     from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
     from training_ready.stream.dataset import pack_stream
+    from training_ready.stream.index import TokenIndex
     from training_ready.stream.lengths import LengthPolicy
     from training_ready.stream.render import ChatRenderer
     from training_ready.stream.tokens import TokenCache
 
-    store = ObjectStore(_settings(job))
+    store = _connected(job)
     tokenizer = _tokenizer(job)
     measure = Measure()
     cache = TokenCache(
@@ -90,12 +92,14 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         renderer=ChatRenderer(tokenizer, "assistant"),
         policy=LengthPolicy(max_length=CAPACITY),
     )
-    index = cache.ensure([Shard(**shard) for shard in job["shards"]])
+    index = cache.ensure([Shard(**shard) for shard in job["shards"]], workers=job.get("workers", 1))
+    index = TokenIndex.joined([index] * job.get("copies", 1))
     tokens = TokenSet(name="synthetic", store=store, prefix="final_dataset/synthetic/tokens", index=index)
-    packs = pack_reader({"data": Part(tokens=tokens)}, Order(max_length=CAPACITY, seed=1, epochs=1))
+    order = Order(max_length=CAPACITY, seed=1, epochs=1, lanes=job.get("lanes", 1))
+    packs = pack_reader({"data": Part(tokens=tokens)}, order)
     total = packs.plan.last_position() or 0
-    start = int(total * job.get("from_share", 0.0))
-    for pack in pack_stream(packs, position=start, fill_last_batch=False):
+    start = int(total * job.get("from_share", 0.0)) // order.lanes * order.lanes
+    for pack in pack_stream(packs, position=start, global_batch=order.lanes, fill_last_batch=False):
         measure.take(len(pack["input_ids"]), CAPACITY)
         if "from_share" in job:
             break
@@ -189,9 +193,8 @@ def array(job: dict[str, Any]) -> dict[str, Any]:
     """One large JSON array, straight from the store."""
     from training_ready.corpus.raw import RawSource, iter_raw
     from training_ready.corpus.raw_objects import find_objects
-    from training_ready.storage.objects import ObjectStore
 
-    store = ObjectStore(_settings(job))
+    store = _connected(job)
     measure = Measure()
     source = RawSource(name="array", objects=find_objects(["raw/array.json"], store), form="messages")
     rows, middle = 0, None
@@ -208,13 +211,10 @@ def array(job: dict[str, Any]) -> dict[str, Any]:
 
 def bytes_alone(job: dict[str, Any]) -> dict[str, Any]:
     """Large objects in order, one after the other, nothing parsed."""
-    from training_ready.storage.objects import ObjectStore
-
-    store = ObjectStore(_settings(job))
-    store.exists("warm")  # the client is made
+    store = _connected(job)
     measure, read = Measure(), 0
     for info in store.list("raw/large-"):
-        with store.open(info.key) as reader:
+        with store.open(info.key, whole=True) as reader:
             while chunk := reader.read(1 << 20):
                 read += len(chunk)
     result = measure.result(0)
@@ -245,6 +245,15 @@ def _pack_all(conversations: Iterable[Any], tokenizer: Any, measure: Measure) ->
     flush()
 
 
+def _connected(job: dict[str, Any]) -> Any:
+    """The bucket, with a client that has been made: an import of a second, and no work of a stream."""
+    from training_ready.storage.objects import ObjectStore
+
+    store = ObjectStore(_settings(job))
+    store.exists("warm")
+    return store
+
+
 def _settings(job: dict[str, Any]) -> Any:
     from training_ready.storage.settings import StorageSettings
 
@@ -252,11 +261,16 @@ def _settings(job: dict[str, Any]) -> Any:
 
 
 def _tokenizer(job: dict[str, Any]) -> Any:
-    from transformers import (
-        PreTrainedTokenizerFast,
-    )  # AutoTokenizer of transformers 4 does not know the saved class
+    """From its parts: transformers 4, which MosaicML needs, cannot read the settings that transformers 5 has saved."""
+    from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(job["tokenizer"])
+    folder = Path(job["tokenizer"])
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        chat_template=(folder / "chat_template.jinja").read_text(),
+        **{name: settings[name] for name in ("eos_token", "pad_token")},
+    )
 
 
 def _jsonl(job: dict[str, Any], limit: int) -> list[Any]:

@@ -1,9 +1,10 @@
 """Do branches and routers from domain means beat copies and random routers, at equal tokens?
 
-A small dense model learns CounselChat's other topics, then becomes four experts of its four largest topics in five
-ways, each with the same number of tokens, and is judged on answers to questions that it never saw.
+A small dense model becomes four experts of four domains in five ways, each with the same number of tokens, and is
+judged on texts that it never saw. Every stage warms up and decays to nothing, so that the losses compared are those of
+finished models; branches spend half of the tokens apart.
 
-    python benchmarks/upcycle_toy.py path/to/20200325_counsel_chat.csv --json benchmarks/results/upcycle_toy.json
+    python benchmarks/upcycle_toy.py path/to/20200325_counsel_chat.csv --corpus kinds --json benchmarks/results/toy.json
 
 A quarter of an hour on one CPU core. A toy: it can show a direction, not a size.
 """
@@ -11,12 +12,12 @@ A quarter of an hour on one CPU core. A toy: it can show a direction, not a size
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
+import math
 import platform
+import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from upcycle_corpora import CORPORA
 
 from training_ready.moe.balance import GlobalBatchBalance
 from training_ready.moe.domains import DomainLoadMonitor
@@ -33,8 +35,8 @@ from training_ready.moe.upcycle import UpcyclePlan, upcycle
 from training_ready.moe.upcycle_branches import Branch
 
 LENGTH, ROWS_PER_DOMAIN = 64, 4
-BASE_STEPS, BRANCH_STEPS, JOINT_STEPS = 800, 75, 300
-LEARNING_RATE, BALANCE = 2e-3, 0.01
+BASE_STEPS, BRANCH_STEPS, JOINT_STEPS = 1000, 100, 400
+LEARNING_RATE, WARM_UP, BALANCE = 2e-3, 20, 0.01
 SHAPE = {
     "vocab_size": 1024,
     "hidden_size": 64,
@@ -56,31 +58,6 @@ ARMS = {
     "branches + random router": (True, False),
     "branches + domain-mean router": (True, True),
 }
-
-
-def read_answers(path: Path) -> tuple[list[str], dict[str, list[str]], dict[str, list[str]]]:
-    """(Answers of other topics, training answers by domain, held-out answers by domain).
-
-    Held out is every fifth *question* with all its answers. Only the answer's text is read.
-    """
-    csv.field_size_limit(10**7)
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["topic"] and (row["answerText"] or "").strip()]
-    domains = [topic for topic, _ in Counter(row["topic"] for row in rows).most_common(4)]
-    held_out = {
-        question
-        for domain in domains
-        for question in sorted({row["questionID"] for row in rows if row["topic"] == domain})[::5]
-    }
-    others = [
-        row["answerText"] for row in rows if row["topic"] not in domains and row["questionID"] not in held_out
-    ]
-    train: dict[str, list[str]] = {domain: [] for domain in domains}
-    test: dict[str, list[str]] = {domain: [] for domain in domains}
-    for row in rows:
-        if row["topic"] in domains:
-            (test if row["questionID"] in held_out else train)[row["topic"]].append(row["answerText"])
-    return others, train, test
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -110,10 +87,14 @@ def batches(pools: list[Tensor], steps: int, rows: int, seed: int) -> Iterator[T
         yield torch.cat(picked)
 
 
-def train(model: Any, data: Iterator[Tensor]) -> None:
-    """The language loss, and per layer the balance loss where there are routers."""
+def train(model: Any, data: Iterator[Tensor], *, steps: int) -> None:
+    """The language loss, and per layer the balance loss where there are routers; warm-up, then a cosine to zero."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: min((step + 1) / WARM_UP, (1 + math.cos(math.pi * step / steps)) / 2),
+    )
     routed = model.config.model_type == "mixtral"
     balance = GlobalBatchBalance(top_k=2)
     if routed:
@@ -129,6 +110,7 @@ def train(model: Any, data: Iterator[Tensor]) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimiser.step()
+        schedule.step()
     model.eval()
 
 
@@ -163,19 +145,26 @@ def only_feed_forward(model: Any) -> Any:
 
 
 def run_seed(
-    seed: int, folder: Path, data: dict[str, Any], tokenizer: PreTrainedTokenizerFast, *, trained: str
+    seed: int,
+    folder: Path,
+    data: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    trained: str,
+    branch_steps: int,
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     pools: dict[str, Tensor] = data["train"]
     everything = ROWS_PER_DOMAIN * len(pools)
     dense: Any = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE))
-    train(dense, batches([data["others"]], BASE_STEPS, everything, seed))
+    train(dense, batches([data["base"]], BASE_STEPS, everything, seed), steps=BASE_STEPS)
     base = folder / "base"
     dense.save_pretrained(base)
     tokenizer.save_pretrained(base)
     for index, domain in enumerate(pools):
         branch = only_feed_forward(AutoModelForCausalLM.from_pretrained(base))
-        train(branch, batches([pools[domain]], BRANCH_STEPS, everything, 100 * seed + index))
+        shown = batches([pools[domain]], branch_steps, everything, 100 * seed + index)
+        train(branch, shown, steps=branch_steps)
         branch.save_pretrained(folder / domain)
     found: dict[str, Any] = {"dense, at the start": {"start": evaluate(dense, data["test"])}}
     for arm, kinds in ARMS.items():
@@ -196,33 +185,74 @@ def run_seed(
         if trained == "experts":
             only_feed_forward(model)
         steps = JOINT_STEPS if branched else JOINT_STEPS + BRANCH_STEPS * len(pools)
-        train(model, batches(list(pools.values()), steps, ROWS_PER_DOMAIN, 1000 + seed))
+        train(model, batches(list(pools.values()), steps, ROWS_PER_DOMAIN, 1000 + seed), steps=steps)
         found[arm] = {"start": start, "end": evaluate(model, data["test"])}
-        print(f"seed {seed}  {arm:<32}{_cells(found[arm])}", flush=True)
+        print(f"seed {seed}  {arm:<32}{_cells([found[arm]])}", flush=True)
     return found
 
 
-def _cells(result: dict[str, Any]) -> str:
-    parts = []
-    for key in ("loss", "mutual_information", "smallest_share"):
-        pair = [f"{result[when][key]:.3f}" for when in ("start", "end") if key in result.get(when, {})]
-        parts.append(" -> ".join(pair) or "-")
-    return " | ".join(parts)
+KEYS = ("loss", "mutual_information", "smallest_share")
 
 
-def mean_over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for arm in runs[0]:
-        table[arm] = {}
-        for when, values in runs[0][arm].items():
-            keys = [key for key, value in values.items() if isinstance(value, float)]
-            table[arm][when] = {key: sum(run[arm][when][key] for run in runs) / len(runs) for key in keys}
-    return table
+def _cells(results: list[dict[str, Any]]) -> str:
+    """Start -> end of each key: the mean over seeds and, of several, the standard deviation."""
+    cells = []
+    for key in KEYS:
+        pair = []
+        for when in ("start", "end"):
+            values = [result[when][key] for result in results if key in result.get(when, {})]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            pair += [f"{statistics.mean(values):.3f}{spread}"] if values else []
+        cells.append(" -> ".join(pair) or "-")
+    return " | ".join(cells)
+
+
+def gained(runs: list[dict[str, Any]], when: str = "end") -> list[float]:
+    """By seed: eval loss of copies with a random router less that of branches with domain means."""
+    copies, branches = "copies + random router", "branches + domain-mean router"
+    return [run[copies][when]["loss"] - run[branches][when]["loss"] for run in runs]
+
+
+def prepare(options: argparse.Namespace, place: Path) -> tuple[dict[str, Any], PreTrainedTokenizerFast]:
+    found = CORPORA[options.corpus](options.answers)
+    tokenizer = train_tokenizer(found.base + [text for texts in found.train.values() for text in texts])
+    texts = place / "labelled.jsonl"
+    rows = [{"domain": domain, "text": text} for domain, each in found.train.items() for text in each]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {
+        "base": rows_of(found.base, tokenizer),
+        "train": {domain: rows_of(each, tokenizer) for domain, each in found.train.items()},
+        "test": {domain: rows_of(each, tokenizer) for domain, each in found.test.items()},
+        "texts": texts,
+    }
+    print("base", data["base"].numel(), "tokens", flush=True)
+    for split in ("train", "test"):
+        print(split, {domain: each.numel() for domain, each in data[split].items()}, "tokens", flush=True)
+    return data, tokenizer
+
+
+def facts(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "corpus": options.corpus,
+        "trained": options.train,
+        "settings": {
+            "shape": SHAPE,
+            "steps": [BASE_STEPS, options.branch_steps, JOINT_STEPS],
+            "rows": ROWS_PER_DOMAIN,
+            "learning_rate": LEARNING_RATE,
+        },
+        "gained": gained(runs),
+        "runs": runs,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("answers", type=Path, help="CounselChat's CSV file")
+    parser.add_argument("--corpus", choices=CORPORA, default="topics", help="see upcycle_corpora.py")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--train",
@@ -230,48 +260,34 @@ def main() -> None:
         default="experts",
         help="what the joint stage trains: experts and routers as shared-base training does, or all weights",
     )
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument(
+        "--branch-steps",
+        type=int,
+        default=BRANCH_STEPS,
+        help=f"{BRANCH_STEPS}: equal tokens for all arms; twice as many: equal work in the feed-forwards, because a "
+        "branch computes one of them per token and a mixture two",
+    )
+    parser.add_argument("--json", type=Path, help="write all numbers here, again after every seed")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    others, train_texts, test_texts = read_answers(options.answers)
-    tokenizer = train_tokenizer(others + [text for texts in train_texts.values() for text in texts])
     with tempfile.TemporaryDirectory() as place:
-        texts = Path(place) / "labelled.jsonl"
-        rows = [{"domain": domain, "text": text} for domain, each in train_texts.items() for text in each]
-        texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = {
-            "others": rows_of(others, tokenizer),
-            "train": {domain: rows_of(each, tokenizer) for domain, each in train_texts.items()},
-            "test": {domain: rows_of(each, tokenizer) for domain, each in test_texts.items()},
-            "texts": texts,
-        }
-        for split in ("train", "test"):
-            print(split, {domain: each.numel() for domain, each in data[split].items()}, "tokens", flush=True)
-        runs = []
+        data, tokenizer = prepare(options, Path(place))
+        runs: list[dict[str, Any]] = []
         for seed in range(options.seeds):
             folder = Path(place) / str(seed)
             folder.mkdir()
-            runs.append(run_seed(seed, folder, data, tokenizer, trained=options.train))
-    table = mean_over_seeds(runs)
+            runs.append(
+                run_seed(
+                    seed, folder, data, tokenizer, trained=options.train, branch_steps=options.branch_steps
+                )
+            )
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(facts(options, runs), indent=1) + "\n", encoding="utf-8")
     print("| arm | eval loss | MI(domain; expert), nats | smallest share |\n|---|---|---|---|")
-    for arm, result in table.items():
-        print(f"| {arm} | {_cells(result)} |")
-    if options.json:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), CPU",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "trained": options.train,
-            "settings": {
-                "shape": SHAPE,
-                "steps": [BASE_STEPS, BRANCH_STEPS, JOINT_STEPS],
-                "rows": ROWS_PER_DOMAIN,
-            },
-            "mean": table,
-            "runs": runs,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    for arm in runs[0]:
+        print(f"| {arm} | {_cells([run[arm] for run in runs])} |")
+    print("branches + domain means gained over copies + random:", [round(gain, 4) for gain in gained(runs)])
 
 
 if __name__ == "__main__":

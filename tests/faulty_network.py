@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import os
 import socket
@@ -47,6 +48,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.answered = 0
         self.stall_seconds = 0.0
         self.expired_token: str | None = None
+        self.lost_parts = 0  # so many parts of uploads are welcomed and forgotten
         self.after: list[
             tuple[int, Callable[[], object]]
         ] = []  # (GETs of objects answered, what happens then)
@@ -75,7 +77,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if "Expect" in self.headers:  # botocore would wait a second for this before it sends a body
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.lost_parts and self.command == "PUT" and "partNumber=" in self.path:
+            self.server.lost_parts -= 1
+            etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
+            return self.respond(200, {"ETag": f'"{etag}"'}, b"")
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
         with contextlib.closing(upstream):
             upstream.request(self.command, self.path, body=body or None, headers=dict(self.headers))
@@ -91,9 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.down:
                 return self.answer("busy", 503, {}, b"")
             fault = self.server.next_fault() if self.command == "GET" and asked else None
-            headers = {
-                k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "content-length")
-            }
+            own = ("connection", "content-length", "transfer-encoding")  # what comes is answered in one piece
+            headers = {k: v for k, v in answer.getheaders() if k.lower() not in own}
             headers["Content-Length"] = answer.getheader("Content-Length", str(len(data)))
             return self.answer(fault, answer.status, headers, data)
 

@@ -16,6 +16,7 @@ from training_ready.moe import commands as moe
 from training_ready.platforms import commands as platforms
 from training_ready.recipe import commands as recipe
 from training_ready.release import commands as release
+from training_ready.release import hub_commands as hub
 from training_ready.release.targets import commands as targets
 from training_ready.serving import commands as serving
 from training_ready.storage import commands as storage
@@ -65,8 +66,13 @@ _release.command("verify")(targets.release_verify)
 _release.command("publish")(release.release_publish)
 
 _hub = _group("hub", "A Hugging Face Hub on this machine.")
-_hub.command("serve")(release.hub_serve)
-_hub.command("check")(release.hub_check)
+_hub.command("serve")(hub.hub_serve)
+_hub.command("check")(hub.hub_check)
+_token = typer.Typer(no_args_is_help=True, help="Who may read and write this hub?")
+_hub.add_typer(_token, name="token")
+_token.command("add")(hub.hub_token_add)
+_token.command("revoke")(hub.hub_token_revoke)
+_token.command("ls")(hub.hub_token_ls)
 
 _launch = _group("launch", "Which machine runs it? Job specs of platforms.")
 _launch.command("ovh")(platforms.launch_ovh)

@@ -19,9 +19,10 @@ from trl import SFTConfig, SFTTrainer
 
 from training_ready.check.memory_step import StepSpec, router_losses
 from training_ready.check.memory_trace import MomentTracker, Split, trace_step
-from training_ready.recipe.sections import ExpertAdaptersSection, MoeSection
+from training_ready.recipe.sections import ExpertAdaptersSection, MoeSection, SharedBaseSection
 from training_ready.training.expert_adapters import adapt_experts
 from training_ready.training.moe_losses import RouterLosses
+from training_ready.training.shared_experts import share_base
 
 SHAPE = {
     "hidden_size": 192,
@@ -92,6 +93,8 @@ def real_moments(spec: StepSpec, folder: Path) -> dict[str, Split]:
     model = AutoModelForCausalLM.from_config(
         spec.config, dtype=spec.dtype, attn_implementation=spec.attention
     )
+    if spec.moe is not None and spec.moe.shared_base is not None:
+        model, _ = share_base(model, spec.moe.shared_base, seed=1)
     kwargs: dict[str, Any] = {"use_reentrant": spec.reentrant}
     if spec.checkpointing == "selective":
         kwargs = {"selective": True}
@@ -107,7 +110,7 @@ def real_moments(spec: StepSpec, folder: Path) -> dict[str, Split]:
         gradient_checkpointing=spec.checkpointing != "off",
         gradient_checkpointing_kwargs=kwargs if spec.checkpointing != "off" else None,
         optim=spec.optimizer,
-        router_aux_loss_coef=0.0 if hasattr(spec.config, "output_router_logits") else None,
+        router_aux_loss_coef=0.0 if hasattr(model.config, "output_router_logits") else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="no",
         report_to="none",
@@ -146,6 +149,7 @@ EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_p
 HALF = {"dtype": torch.bfloat16, "autocast": True}
 MOE = MoeSection()
 SPLIT = MoeSection(adapters=ExpertAdaptersSection(rank=8, alpha=16.0))
+SHARED = MoeSection(shared_base=SharedBaseSection(experts=4, top_k=2, rank=8, alpha=16.0))
 WIDE = {"hidden_size": 384, "num_hidden_layers": 6}
 
 COMBINATIONS: dict[str, StepSpec] = {
@@ -180,6 +184,8 @@ COMBINATIONS: dict[str, StepSpec] = {
     "MoE, split adapters and LoRA, 512, bf16, checkpointing": step(
         mixture(), 512, lora=lora(*ATTENTION), moe=SPLIT, checkpointing="on", **HALF
     ),
+    "shared base, 512": step(dense(), 512, moe=SHARED),
+    "shared base, 512, bf16, checkpointing": step(dense(), 512, moe=SHARED, checkpointing="on", **HALF),
 }
 
 

@@ -88,6 +88,14 @@ CORRECT: dict[str, tuple[Keys, Keys]] = {
     ),
     "a mixture in full under ZeRO-3": (FULL, {}),
     "a mixture in full under FSDP2": (FULL, {"launch": "{accelerate_config: fsdp2, num_processes: 4}"}),
+    "experts spread over ranks": (
+        FULL,
+        {
+            "model_init_kwargs": "{distributed_config: {fsdp_size: 4, ep_size: 2}}",
+            "save_only_model": "true",
+            "launch": "{accelerate_config: ddp, num_processes: 4}",
+        },
+    ),
     "another family under ZeRO-3": (
         FULL,
         {"model_name_or_path": "MODELS/qwen_moe", "launch": "{accelerate_config: TOPOLOGIES/qwen.yaml}"},

@@ -18,6 +18,7 @@ from training_ready.check.memory import MARGIN, probe_memory, target_of
 from training_ready.check.memory_arithmetic import COMPUTED, Weights, quantised
 from training_ready.check.memory_ranks import Ranks, on_one_rank
 from training_ready.check.memory_trace import PeakMemory, Split
+from training_ready.check.run import PROBES, check_recipe
 from training_ready.recipe.load import load_recipe
 
 N = 1_000_000_000
@@ -150,6 +151,30 @@ def test_each_advised_change_gives_the_peak_that_it_promises(recipe: Path) -> No
     for keys, gib in promised:
         changed = _probe(recipe, "launch.gpu_memory_gib=0.5", *keys.split())
         assert changed.measured["peak_gib"] == pytest.approx(float(gib), abs=0.06), keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "gpu", "change"),
+    [
+        ("max_length: 8192", 4, "max_length=4096"),
+        ("per_device_train_batch_size: 16", 3, "per_device_train_batch_size=8"),
+        ("dtype: float32", 0.9, "activation_checkpointing=true"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_at_its_line_with_a_way_out(
+    recipe: Path, mistake: str, gpu: float, change: str
+) -> None:
+    key = mistake.partition(":")[0]
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith(f"{key}:")]
+    recipe.write_text("\n".join([*lines, mistake, f"launch: {{gpu_memory_gib: {gpu}}}"]) + "\n")
+    report = check_recipe(
+        recipe, offline=True, skip=[name for name in PROBES if name not in ("keys", "memory")]
+    )
+    [(probe, finding)] = report.failures
+    assert (probe, finding.key) == ("memory", "launch.gpu_memory_gib")
+    assert finding.where == f"{recipe}:{len(lines) + 2}"
+    assert change in (finding.fix or "")
 
 
 def test_without_a_gpu_to_compare_with_the_figure_is_still_given(recipe: Path) -> None:

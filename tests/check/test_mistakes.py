@@ -5,12 +5,15 @@ The model folders hold no weights, so a recipe that is refused here was refused 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
-from training_ready.check.run import Report
+from training_ready.check.run import PROBES, Report
+from training_ready.release.hub_server import EmbeddedHub
 
 Keys = dict[str, str | None]
 Check = Callable[..., Report]
@@ -30,6 +33,22 @@ def corpus(name: str, **more: str) -> Keys:
     return {"data": f"{{corpus: final_dataset/{name}/manifest.json{rest}}}"}
 
 
+SPREAD = "model_init_kwargs.distributed_config"
+
+
+def spread(sizes: str) -> Keys:
+    return {
+        "model_init_kwargs": f"{{distributed_config: {{{sizes}}}}}",
+        "save_only_model": "true",
+        "launch": "{accelerate_config: ddp, num_processes: 4}",
+    }
+
+
+HUGE: Keys = {
+    "model": "{config: {model_type: llama, hidden_size: 65536, num_hidden_layers: 100, num_attention_heads: 512, "
+    "max_position_embeddings: 512}, tokenizer: {vocab_size: 600}}",
+    "max_steps": "2000",
+}
 NO_EVAL: Keys = {"eval_strategy": None, "eval_steps": None}
 
 # (probe, base, what is changed, the key at fault, a word of the message)
@@ -64,6 +83,13 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         {"stream": "{mixture: {a: {}, b: {corpus: final_dataset/gone/manifest.json}}}"},
         "stream.mixture",
         "final_dataset/gone",
+    ),
+    (
+        "bucket",
+        LORA,
+        {"checkpoint": "{mirror: 's3://no-such-bucket-of-ours/runs'}"},
+        "checkpoint.mirror",
+        "no-such-bucket-of-ours",
     ),
     # ------------------------------------------------------------------ data
     (
@@ -144,9 +170,24 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         "chat_template_path",
         "never learn to stop",
     ),
+    (
+        "template",
+        LORA,
+        {"chat_template_path": "TEMPLATES/tabs.jinja", "release": "{target: tgi}"},
+        "chat_template_path",
+        "no method named expandtabs",
+    ),
+    (
+        "template",
+        LORA,
+        {"chat_template_path": "TEMPLATES/signs.jinja", "release": "{target: tgi}"},
+        "chat_template_path",
+        "TGI's template engine renders",
+    ),
     # ------------------------------------------------------------- loss mask
     ("loss_mask", LORA, corpus("monologue") | NO_EVAL, "data.target_role", "cannot be learned from"),
     ("loss_mask", LORA, {"chat_template_path": "TEMPLATES/shouts.jinja"}, "chat_template_path", "learned is"),
+    ("loss_mask", LORA, {"max_length": "16"}, "max_length", "no learned token within max_length 16"),
     # ------------------------------------------------------------ parameters
     (
         "parameters",
@@ -328,6 +369,66 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
     ),
     ("topology", LORA, {"model_name_or_path": "MODELS/recurrent"}, "packing", "carry a state"),
     ("topology", LORA, {"stream": "{lanes: 4}"}, "stream.lanes", "must divide"),
+    ("topology", FULL, spread("fsdp_size: 4, ep_sise: 2"), "model_init_kwargs", "unexpected keyword"),
+    ("topology", FULL, spread("fsdp_size: 4, ep_size: 3"), "model_init_kwargs", "must divide"),
+    ("topology", FULL, spread("fsdp_size: 2, ep_size: 2"), "model_init_kwargs", "2 ranks, but 4 run"),
+    ("topology", FULL, spread("tp_size: 4"), "model_init_kwargs", "share their packs"),
+    (
+        "topology",
+        FULL,
+        spread("fsdp_size: 4, ep_size: 2") | {"save_only_model": None},
+        "model_init_kwargs",
+        "save_only_model: true",
+    ),
+    (
+        "topology",
+        FULL,
+        spread("fsdp_size: 4, ep_size: 2") | {"launch": "{accelerate_config: fsdp2, num_processes: 4}"},
+        SPREAD,
+        "divide them again",
+    ),
+    (
+        "topology",
+        FULL,
+        spread("fsdp_size: 8, ep_size: 8") | {"launch": "{accelerate_config: ddp, num_processes: 8}"},
+        SPREAD,
+        "4 experts do not divide over ep_size 8",
+    ),
+    (
+        "topology",
+        FULL,
+        spread("fsdp_size: 4, ep_size: 2, ep_implementation: all2all"),
+        SPREAD,
+        "none of auto, all_to_all",
+    ),
+    (
+        "topology",
+        FULL,
+        spread("fsdp_size: 4, ep_size: 2") | {"model_name_or_path": "MODELS/dense"},
+        SPREAD,
+        "dense",
+    ),
+    (
+        "topology",
+        FULL,
+        {"model_init_kwargs": "{experts_implementation: batched_mm}"},
+        "model_init_kwargs",
+        "only distributed_config is used here",
+    ),
+    (
+        "topology",
+        SCRATCH,
+        {"model_init_kwargs": "{distributed_config: {fsdp_size: 1}}", "save_only_model": "true"},
+        SPREAD,
+        "from scratch is not loaded",
+    ),
+    (
+        "topology",
+        FULL,
+        {"parallelism_config": "{cp_size: 2}"},
+        "parallelism_config",
+        "dies of it before the first step",
+    ),
     # -------------------------------------------------------------- schedule
     ("schedule", LORA, {"warmup_steps": "500"}, "warmup_steps", "never gets there"),
     ("schedule", LORA, {"eval_steps": "1000"}, "eval_steps", "would never happen"),
@@ -342,16 +443,26 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
     (
         "disk",
         SCRATCH,
-        {
-            "model": "{config: {model_type: llama, hidden_size: 65536, num_hidden_layers: 100, "
-            "num_attention_heads: 512, max_position_embeddings: 512}, tokenizer: {vocab_size: 600}}",
-            "save_total_limit": "50",
-            "max_steps": "2000",
-        },
+        HUGE | {"save_total_limit": "50"},
         "save_total_limit",
         "TB",
     ),
+    ("disk", SCRATCH, HUGE | {"save_total_limit": None, "save_steps": "10"}, "output_dir", "is not set"),
+    (
+        "disk",
+        SCRATCH,
+        HUGE | {"save_total_limit": "1", "checkpoint": "{mirror: 's3://no-such-bucket-of-ours/runs'}"},
+        "save_total_limit",
+        "x 3 at once (save_total_limit 1, the one being written included + one on its way",
+    ),
     # ------------------------------------------------------------------- hub
+    (
+        "hub",
+        SCRATCH,
+        {"release": "{repo_id: training-ready/x, summary: S., intended_use: I., limits: L.}"},
+        "release",
+        "release.license",
+    ),
     ("hub", SCRATCH, {"release": "{repo_id: training-ready/x, license: mit}"}, "release", "release.summary"),
     (
         "hub",
@@ -378,6 +489,20 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
     ("serving", SCRATCH, {"release": "{target: adapter}"}, "release.target", "nothing is adapted"),
     # ----------------------------------------------------------------- seeds
     ("seeds", LORA, corpus("leak", eval_split="val"), "data.eval_split", "1 of 11 conversations"),
+    (
+        "seeds",
+        LORA,
+        {"stream": "{mixture: {a: {}, b: {split: val}}}"},
+        "data.eval_split",
+        "10 of 10 conversations of val",
+    ),
+    (
+        "seeds",
+        LORA,
+        {"stream": "{mixture: {a: {}, b: {corpus: final_dataset/leak/manifest.json, split: val}}}"},
+        "data.eval_split",
+        "10 of 10 conversations of val",
+    ),
 ]
 
 
@@ -402,8 +527,11 @@ def test_a_mistake_is_refused_at_its_key_and_line(
 
 
 def test_there_are_enough_mistakes_and_each_probe_has_some() -> None:
+    counts = Counter(mistake[0] for mistake in MISTAKES)
     assert len(MISTAKES) >= 60
-    assert len({mistake[0] for mistake in MISTAKES}) >= 12
+    # The memory of a step is traced by tests of its own, and what it costs is never a mistake.
+    assert counts.keys() == set(PROBES) - {"memory", "time_cost"}
+    assert min(counts.values()) >= 3
 
 
 def test_wrong_credentials_are_named_by_the_bucket(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,3 +558,39 @@ def test_a_hub_that_would_refuse_the_push_is_found(
     assert word in finding.message
     assert finding.where is not None
     assert finding.where.startswith("recipe.yaml:")
+
+
+def test_a_hub_that_everybody_may_use_says_what_it_proves(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    others = [probe for probe in PROBES if probe not in ("keys", "hub")]
+    with EmbeddedHub(tmp_path / "open") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint_url)
+        [finding] = check(SCRATCH, skip=others).outcomes[PROBES.index("hub")].findings
+        assert "token role write" in finding.message
+    with EmbeddedHub(tmp_path / "read", token="write-me", read_token="read-me") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint_url)
+        monkeypatch.setenv("HF_TOKEN", "read-me")
+        [(_, finding)] = check(SCRATCH, skip=others).failures
+        assert "may only read" in finding.message
+
+
+def test_a_card_that_could_not_be_written_is_found_offline(check: Check) -> None:
+    others = [probe for probe in PROBES if probe not in ("keys", "hub")]
+    keys = SCRATCH | {"release": "{repo_id: training-ready/x, license: mit}"}
+    [(_, finding)] = check(keys, skip=others, offline=True).failures
+    assert "release.summary, release.intended_use, release.limits" in finding.message
+    assert finding.where == f"recipe.yaml:{list(keys).index('release') + 1}"
+    nowhere = check(keys | {"release": "{license: mit}"}, skip=others, offline=True)
+    assert nowhere.passed
+    assert nowhere.outcomes[PROBES.index("hub")].findings[0].status == "warn"
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(check: Check, models: Path) -> None:
+    empty = models / "no-tokenizer"
+    AutoConfig.for_model("qwen3", vocab_size=600).save_pretrained(empty)
+    others = [probe for probe in PROBES if probe not in ("keys", "template")]
+    [(_, finding)] = check(LORA | {"model_name_or_path": str(empty)}, skip=others, offline=True).failures
+    assert finding.key == "model_name_or_path"
+    assert "holds no tokenizer" in finding.message

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from training_ready.check.run import PROBES, CheckError, Report, check_recipe
+from training_ready.check.show import show
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = Path(__file__).parent / "recipes"
@@ -71,6 +73,15 @@ def test_a_skipped_probe_is_named_and_the_others_run(check: Check) -> None:
     assert report.passed
     assert statuses(report)["seeds"] == "not run"
     assert "--skip" in report.outcomes[PROBES.index("seeds")].findings[0].message
+
+
+def test_a_skipped_probe_has_no_row_and_the_last_line_names_it(check: Check) -> None:
+    console = Console(record=True, width=200)
+    show(check(scratch(), skip=["seeds", "hub"], offline=True), console)
+    lines = console.export_text().splitlines()
+    assert not [line for line in lines if line.startswith(("seeds", "hub", "memory"))]
+    assert lines[-1].startswith("recipe.yaml: 0 failed")
+    assert "hub, seeds" in lines[-1]
 
 
 def test_an_unknown_probe_cannot_be_skipped(check: Check) -> None:

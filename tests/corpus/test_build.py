@@ -146,6 +146,23 @@ def test_shards_hold_whole_records_in_the_promised_schema(store: ObjectStore) ->
         assert metadata.total_tokens is None
 
 
+def test_the_manifest_says_what_a_source_declares_about_people(store: ObjectStore) -> None:
+    for name in ("one", "two"):
+        put_jsonl(
+            store,
+            f"raw/{name}.jsonl",
+            [pair(number, id=f"{name}{number}", question=f"{name} {number}?") for number in range(9)],
+        )
+    declared = source("two", pii_status="scrubbed", consent="signed by every client, 2025")
+    wanted = CorpusSpec.model_validate(
+        {"name": "people", "allowed_licenses": ["MIT"], "sources": [source("one"), declared]}
+    )
+    build_corpus(wanted, store, processed_at=NOW)
+    one, two = Manifest.load(store, "final_dataset/people/manifest.json").sources
+    assert (one.pii_status, one.consent) == ("requires_review", None)
+    assert (two.pii_status, two.consent) == ("scrubbed", "signed by every client, 2025")
+
+
 def test_the_manifest_names_its_inputs_and_knows_its_own_hash(store: ObjectStore) -> None:
     put_jsonl(store, "raw/one.jsonl", [pair(number) for number in range(30)])
     packed = gzip.compress(b"".join(json.dumps(pair(n)).encode() + b"\n" for n in range(30, 60)))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,31 +22,14 @@ from training_ready.moe.shared_base import (
 )
 from training_ready.moe.shared_base_files import export_shared_base, load_shared_base, save_shared_base
 
-# As in Mistral-Nemo the heads are narrower than hidden / heads = 12, and eps and theta are nobody's default.
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 3e-4,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
+dense_models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dense_models.py"))))
 CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
 def dense_model(model_type: str = "mistral", **changes):
-    torch.manual_seed(3)
-    rope = {"rope_type": "default", "rope_theta": 54_321.0}
-    config = CONFIGS[model_type](**{**SHAPE, "rope_parameters": rope, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return dense_models.random_model(
+        CONFIGS[model_type](**{**dense_models.SHAPE, "max_position_embeddings": 64, **changes})
+    )
 
 
 def shared_model(model_type: str = "mistral", *, trained: bool = True, dense=None, **changes):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,22 +44,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 54_321.0}
-# As in Mistral-Nemo the heads are narrower than hidden / heads, and eps and theta are nobody's default.
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 3e-4,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "max_position_embeddings": 128,
-    "rope_parameters": PLAIN_ROPE,
-}
+dense_models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dense_models.py"))))
+SHAPE = {**dense_models.SHAPE, "eos_token_id": 2, "max_position_embeddings": 128}
 BASES = {
     "mistral": MistralConfig(**{**SHAPE, "sliding_window": 6}),
     "llama": LlamaConfig(**{**SHAPE, "rope_parameters": LLAMA3_ROPE}),
@@ -69,12 +57,7 @@ DOMAINS = ("psychology", "mental_health", "bias_detection", "general_therapeutic
 
 
 def write_base(folder: Path, config=BASES["mistral"], *, shards: str = "20KB", dtype=torch.float32) -> Path:
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    dense_models.random_model(config).to(dtype).save_pretrained(folder, max_shard_size=shards)
     return folder
 
 

@@ -66,38 +66,11 @@ dataset_mixture:
 dataset_num_proc: 12
 """
 MIXER = "dataset_mixer:\n  org/set: 1.0\ndataset_splits:\n- train\n- test\npreprocessing_num_workers: 12\n"
-LORA = "use_peft: true\nlora_r: 16\nlora_alpha: 16\nlora_dropout: 0.05\nlora_target_modules:\n- q_proj\n- v_proj\n"
-PREFERENCE = "beta: 0.01\nmax_prompt_length: 512\nmax_length: 1024\n"
 
 # name -> (text, family, keys that stop the migration)
 SHAPES: dict[str, tuple[str, str, set[str]]] = {
     "full with an inline template": (
         COMMON + TEMPLATE + MIXTURE + "max_seq_length: 2048\ndo_eval: true\neval_strategy: epoch\n",
-        "alignment-handbook",
-        set(),
-    ),
-    "quantized adapter": (
-        COMMON
-        + LORA
-        + MIXTURE
-        + "load_in_4bit: true\nmax_seq_length: 2048\ndo_eval: true\neval_strategy: epoch\n",
-        "alignment-handbook",
-        set(),
-    ),
-    "continued pretraining": (
-        COMMON
-        + MIXER
-        + "dataset_configs:\n- tiny\nmax_seq_length: 1024\ndo_eval: False\neval_strategy: 'no'\n",
-        "alignment-handbook",
-        set(),
-    ),
-    "older strategy name": (
-        COMMON + MIXER + "max_seq_length: 1024\ndo_eval: true\nevaluation_strategy: epoch\n",
-        "alignment-handbook",
-        set(),
-    ),
-    "long context with liger": (
-        COMMON + TEMPLATE + MIXTURE + "max_length: 65536\npacking: true\nuse_liger_kernel: true\n",
         "alignment-handbook",
         set(),
     ),
@@ -113,22 +86,12 @@ SHAPES: dict[str, tuple[str, str, set[str]]] = {
         "alignment-handbook",
         {"auto_insert_empty_system_msg"},
     ),
-    "preferences in full": (
-        COMMON + MIXER + PREFERENCE,
-        "alignment-handbook",
-        {"beta", "max_prompt_length"},
-    ),
-    "preferences with an adapter": (
-        COMMON + LORA + MIXER + "load_in_4bit: true\noptim: paged_adamw_32bit\n" + PREFERENCE,
-        "alignment-handbook",
-        {"beta", "max_prompt_length"},
-    ),
     "open-r1 distillation": (
         COMMON
         + TEMPLATE
         + "dataset_name: org/set\ndataset_configs:\n- all\ndataset_num_proc: 48\nuse_liger: true\n"
         "packing: true\nmax_seq_length: 32768\ndo_eval: false\neval_strategy: 'no'\n"
-        "wandb_project: p\nwandb_entity: e\nhub_model_revision: v1\nsystem_prompt: null\nbenchmarks: []\n",
+        "wandb_project: p\nwandb_entity: e\nhub_model_revision: main\nsystem_prompt: null\nbenchmarks: []\n",
         "open-r1",
         set(),
     ),
@@ -154,17 +117,25 @@ SHAPES: dict[str, tuple[str, str, set[str]]] = {
     ),
     "older TRL": (
         "model_name_or_path: m\ntorch_dtype: auto\ndataset_name: org/set\nmax_seq_length: 512\nno_cuda: true\n"
-        "use_flash_attention_2: true\nsave_safetensors: true\nloss_type: chunked_nll\ngroup_by_length: true\n"
-        "packing_strategy: bfd-requeue\nlogging_dir: logs\nnum_processes: 8\naccelerate_config: zero3\n"
+        "use_flash_attention_2: true\nsave_safetensors: true\nloss_type: chunked_nll\ngroup_by_length: false\n"
+        "packing_strategy: bfd\nlogging_dir: logs\nnum_processes: 8\naccelerate_config: zero3\n"
         "dataset_kwargs: {skip_prepare_dataset: true}\n",
         "an older TRL",
         set(),
     ),
     "older TRL with options that are gone": (
         "model_name_or_path: m\ntorch_dtype: auto\ndataset_name: org/set\nmax_seq_length: 512\n"
-        "num_of_sequences: 1024\ntokenizer_name_or_path: other\ndataset_kwargs: {add_special_tokens: false}\n",
+        "num_of_sequences: 1024\ntokenizer_name_or_path: other\ndataset_kwargs: {add_special_tokens: true}\n"
+        "packing_strategy: bfd-requeue\ngroup_by_length: true\nhub_strategy: all_checkpoints\n",
         "an older TRL",
-        {"num_of_sequences", "tokenizer_name_or_path", "dataset_kwargs"},
+        {
+            "num_of_sequences",
+            "tokenizer_name_or_path",
+            "dataset_kwargs",
+            "packing_strategy",
+            "group_by_length",
+            "hub_strategy",
+        },
     ),
 }
 
@@ -215,9 +186,10 @@ def test_every_value_arrives(tmp_path: Path) -> None:
     assert trl["chat_template_path"] == str(tmp_path / "new.jinja")
     assert done.template == "{% for m in messages %}\n{{ m['content'] + eos_token }}${x}\n{% endfor %}"
     assert done.recipe.data.eval_split == "val"
+    assert done.recipe.release.repo_id == "a-model"
     kept = set(COMMON.splitlines()) - {line for line in COMMON.splitlines() if line.startswith((" ", "-"))}
     gone = {"torch_dtype", "overwrite_output_dir", "warmup_ratio", "gradient_checkpointing"}
-    gone |= {"gradient_checkpointing_kwargs"}
+    gone |= {"gradient_checkpointing_kwargs", "hub_model_id", "hub_strategy", "push_to_hub"}
     assert {line.partition(":")[0] for line in kept} - gone <= trl.keys()
     done.write(tmp_path / "new.yaml")
     assert (tmp_path / "new.jinja").read_text() == done.template
@@ -239,8 +211,7 @@ def test_every_change_is_listed_with_its_line_and_the_meaning_of_a_weight(tmp_pa
 def test_values_of_an_older_trl(tmp_path: Path) -> None:
     recipe = run(tmp_path, SHAPES["older TRL"][0]).recipe
     assert recipe.trl["attn_implementation"] == "flash_attention_2"
-    assert recipe.trl["train_sampling_strategy"] == "group_by_length"
-    assert recipe.trl["packing_strategy"] == "bfd_split"
+    assert {"packing_strategy", "group_by_length", "dataset_kwargs"}.isdisjoint(recipe.trl)
     assert recipe.trl["loss_type"] == "nll"
     assert recipe.trl["use_cpu"] is True
     assert (recipe.launch.num_processes, recipe.launch.accelerate_config) == (8, "zero3")
@@ -268,7 +239,7 @@ def test_what_means_something_goes_only_by_name(tmp_path: Path) -> None:
     ("extra", "key", "words"),
     [
         ("dtype: float16\n", "torch_dtype", "keep one"),
-        ("group_by_length: true\ntrain_sampling_strategy: sequential\n", "group_by_length", "is sequential"),
+        ("train_sampling_strategy: sequential\n", "train_sampling_strategy", "the stream shuffles"),
         ("run_name: hf_abcdefghijklmnopqrstuv\n", "run_name", "Hugging Face token"),
         ("learning_rte: 1\n", "learning_rte", "no such key"),
         ("max_length: x\n", "max_length", "whole number"),
@@ -278,6 +249,24 @@ def test_what_cannot_be_kept_exactly(tmp_path: Path, extra: str, key: str, words
     with pytest.raises(RecipeError) as caught:
         run(tmp_path, COMMON + "dataset_name: s\n" + extra)
     assert [(fault.key, words in fault.message) for fault in caught.value.faults] == [(key, True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "repo_id"),
+    [
+        ("push_to_hub: true\noutput_dir: data/my-run/\n", "my-run"),
+        ("push_to_hub: true\noutput_dir: data/my-run\nhub_model_id: org/x\n", "org/x"),
+        ("push_to_hub: false\nhub_model_id: org/x\n", "org/x"),
+        ("push_to_hub: false\n", None),
+    ],
+)
+def test_where_a_push_went(tmp_path: Path, text: str, repo_id: str | None) -> None:
+    assert run(tmp_path, "model_name_or_path: m\ndataset_name: s\n" + text).recipe.release.repo_id == repo_id
+
+
+def test_a_push_to_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="`output_dir`, which is not set"):
+        run(tmp_path, "model_name_or_path: m\ndataset_name: s\npush_to_hub: true\n")
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,18 @@ def test_show_prints_every_value_and_its_origin() -> None:
     assert "default" in shown
 
 
-def test_show_yaml_is_the_resolved_recipe(tmp_path: Path) -> None:
-    shown = CliRunner().invoke(cli.app, ["recipe", "show", str(RECIPES[0]), "seed=5", "--yaml"]).stdout
-    (tmp_path / "resolved.yaml").write_text(shown)
-    assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(RECIPES[0], ["seed=5"])
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_what_show_prints_reproduces_the_run_by_itself(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(f"extends: {path}\nenv: {{A: '${{HOME_OF_A:-x}}'}}\n")
+    chosen = ["seed=5", "--learning_rate", "3e-5", "stream.lanes=1"]
+    wanted = load_recipe(tmp_path / "base.yaml", chosen)
+    shown = CliRunner().invoke(cli.app, ["recipe", "show", str(tmp_path / "base.yaml"), *chosen, "--yaml"])
+    (tmp_path / "alone" / "other-name.yaml").parent.mkdir()
+    (tmp_path / "alone" / "other-name.yaml").write_text(shown.stdout)
+    alone = load_recipe(tmp_path / "alone" / "other-name.yaml")
+    assert alone == wanted
+    assert (alone.sha256, alone.output_dir, alone.env) == (wanted.sha256, wanted.output_dir, {"A": "x"})
+    assert alone.resolved() == wanted.resolved()
 
 
 def test_a_copy_is_a_correct_recipe_and_overwrites_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import pytest
 from huggingface_hub import HfApi
 from safetensors.numpy import save_file
 
+from training_ready.release.card import refresh_card
 from training_ready.release.connection import without_xet
 from training_ready.release.hub_server import EmbeddedHub
+from training_ready.release.record import read_record
+from training_ready.storage.objects import ObjectStore
 
 
 @pytest.fixture
@@ -42,18 +45,44 @@ def make_release(folder: Path, seed: int = 0) -> Path:
     for name, content in {
         "config.json": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
         "generation_config.json": {"eos_token_id": [2], "pad_token_id": 1},
+        "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": {"content": "<pad>"}},
         "tokenizer.json": {"added_tokens": [{"id": 2, "content": "<|im_end|>"}], "model": {"vocab": {}}},
     }.items():
         (folder / name).write_text(json.dumps(content))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# Tiny\n")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
-    (folder / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    for picture in ("loss.png", "expert_load.png"):
+        (folder / picture).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100) + picture.encode())
+    record = {
+        "title": "tiny",
+        "facts": make_summary(),
+        "words": make_words(),
+        "chat_template": "{{ messages[0].content }}<|im_end|>",
+        "end_of_turn": {"2": "<|im_end|>"},
+        "special_tokens": {"eos_token": "<|im_end|>"},
+    }
+    (folder / "release.json").write_text(json.dumps(record))
+    refresh_card(folder, read_record(folder))
     return folder
+
+
+def make_words() -> dict[str, Any]:
+    return {
+        "license": "apache-2.0",
+        "language": ["en", "fr"],
+        "tags": ["calm"],
+        "summary": "A tiny model for a test.",
+        "intended_use": "Trying the journey.",
+        "limits": "It knows nothing.",
+    }
 
 
 @pytest.fixture
 def summary() -> dict[str, Any]:
     """A summary as training writes it, with numbers that occur nowhere else."""
+    return make_summary()
+
+
+def make_summary() -> dict[str, Any]:
     return {
         "run": "tiny-run",
         "started_at": "2026-11-01T10:00:00+00:00",
@@ -129,3 +158,11 @@ def run_folder(tmp_path: Path, summary: dict[str, Any]) -> Callable[[], Path]:
         return folder
 
     return write
+
+
+def use(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a person whose bucket this is."""
+    settings = store.settings
+    monkeypatch.setenv("OVH_S3_ENDPOINT", settings.endpoint_url or "")
+    monkeypatch.setenv("OVH_S3_ACCESS_KEY", settings.access_key_id or "")
+    monkeypatch.setenv("OVH_S3_SECRET_KEY", settings.secret_access_key or "")

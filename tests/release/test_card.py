@@ -19,19 +19,13 @@ from training_ready.release.facts import CardError, check_facts, load_facts
 from training_ready.release.hub_server import EmbeddedHub
 from training_ready.release.publish import publish_release
 
+from .conftest import make_words
+
 TEMPLATE = "{{ messages[0].content }}<|im_end|>\n"
 
 
 def words(**changes: object) -> Any:
-    given = {
-        "license": "apache-2.0",
-        "language": ["en", "fr"],
-        "tags": ["calm"],
-        "summary": "A tiny model for a test.",
-        "intended_use": "Trying the journey.",
-        "limits": "It knows nothing.",
-    }
-    return SimpleNamespace(**{**given, **changes})
+    return SimpleNamespace(**{**make_words(), **changes})
 
 
 def render(summary: dict[str, Any], release_words: Any = None) -> str:
@@ -41,6 +35,7 @@ def render(summary: dict[str, Any], release_words: Any = None) -> str:
         title="tiny",
         chat_template=TEMPLATE,
         end_of_turn={2: "<|im_end|>"},
+        special_tokens={"eos_token": "<|im_end|>", "pad_token": "<pad>"},
         files=[ReleaseFile("model.safetensors", 123456, "c" * 64)],
     )
 
@@ -80,6 +75,7 @@ def test_every_field_of_the_summary_is_required_by_name(summary: dict[str, Any])
         (("data", "target_role"), "system", "data.target_role"),
         (("data", "sources"), [], "data.sources"),
         (("versions",), {"torch": "2.13.0"}, "training-ready is not among them"),
+        (("pictures",), ["loss.png"], "expert_load.png missing"),
     ],
 )
 def test_a_wrong_value_is_refused(
@@ -114,7 +110,14 @@ def test_the_numbers_of_the_run_stand_in_the_card(summary: dict[str, Any]) -> No
         "| model.safetensors | 123,456 | `" + "c" * 64,
         "b" * 64,
         "learning_rate: 0.00123",
+        "Special tokens: eos_token `<|im_end|>`, pad_token `<pad>`.",
         "Not a medical device",
+        "Crisis behaviour: not evaluated by this run (n = 0)",
+        "| a\\|b | not recorded in the manifest | not recorded in the manifest |",
+        "(1.033 h)",
+        "Energy: unmeasured.",
+        "Benchmarks: not evaluated.",
+        "| TGI 3.3.7, through transformers 4.51.0 | not verified | not measured |  |",
     ):
         assert expected in text
 
@@ -207,7 +210,7 @@ def test_a_picture_that_is_not_there_stops_the_card(
 ) -> None:
     (release / "README.md").unlink()
     for picture in ("missing.png", "../runs/tiny-run/loss.png"):
-        summary["pictures"] = [picture]
+        summary["pictures"] = ["loss.png", "expert_load.png", picture]
         run = run_folder()
         with pytest.raises(CardError, match="pictures"):
             write_card(load_facts(run), words(), run, release, title="tiny")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from training_ready.release.build import build_release
@@ -28,6 +33,8 @@ from training_ready.release.export import ExportError, end_of_turn_ids, load_che
 from training_ready.release.facts import CardError
 from training_ready.release.hub_server import EmbeddedHub
 from training_ready.release.publish import publish_release
+
+from .targets.conftest import byte_level_tokenizer
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 INPUTS = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(5))
@@ -215,6 +222,69 @@ def test_an_adapter_is_merged_into_its_base(
     folder = write_release(merged, tokenizer, tmp_path / "r", end_of_turn_ids=[2])
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert (logits(loaded) - trained).abs().max() < 1e-5
+
+
+def test_a_tokenizer_that_others_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    """transformers takes every tokenizer beside a qwen2 configuration for Qwen's, which splits words its own way."""
+    shape = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=2)
+    checkpoint = checkpoint_of(tmp_path / "run", Qwen2ForCausalLM(config), byte_level_tokenizer())
+    with pytest.raises(
+        ExportError, match=r"qwen2 configuration as Qwen2Tokenizer, .* other tokens of \d+ in 98"
+    ):
+        load_checkpoint(checkpoint)
+    with pytest.raises(ExportError, match="Qwen2Tokenizer"):
+        write_release(
+            Qwen2ForCausalLM(config), byte_level_tokenizer(), tmp_path / "release", end_of_turn_ids=[3]
+        )
+    assert not (tmp_path / "release").exists()
+
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(
+        checkpoint
+    )  # what training on Qwen's would have saved
+    model, tokenizer = load_checkpoint(checkpoint)
+    folder = write_release(model, tokenizer, tmp_path / "release", end_of_turn_ids=[3])
+    assert (folder / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+
+_SAVE_IN_SHARDS = """
+import sys
+from types import SimpleNamespace
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import save_fsdp_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+PartialState(cpu=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for part in (*model.model.layers, model):
+    fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+save_fsdp_model(plugin, SimpleNamespace(process_index=dist.get_rank(), num_processes=2), model, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_of_two_ranks_are_joined_by_the_command_that_is_told(
+    tmp_path: Path,
+) -> None:
+    """Under accelerate FSDP2 needs GPUs; its sharding and its way of saving do not."""
+    checkpoint, script = checkpoint_of(tmp_path, tiny_model(), tiny_tokenizer()), tmp_path / "save.py"
+    (checkpoint / "model.safetensors").rename(tmp_path / "model.safetensors")
+    shutil.copyfile(checkpoint / "config.json", tmp_path / "config.json")
+    script.write_text(_SAVE_IN_SHARDS)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    subprocess.run([sys.executable, *launcher, str(script), str(tmp_path), str(checkpoint)], check=True)
+    with pytest.raises(ExportError, match="in shards") as refused:
+        load_checkpoint(checkpoint)
+    command = str(refused.value).splitlines()[-1].split()
+    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
+    model, _ = load_checkpoint(checkpoint)
+    assert torch.equal(logits(model), logits(tiny_model()))
 
 
 def test_what_can_be_refused_is_refused_before_weights_are_loaded(

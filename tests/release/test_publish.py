@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,10 +16,11 @@ import pytest
 from huggingface_hub import HfApi, constants
 from safetensors.numpy import load_file, save_file
 
-from training_ready.release.commands import hub_check, hub_serve
 from training_ready.release.connection import PublishError, is_public_hub, without_xet
 from training_ready.release.contents import ContentsError, release_files
+from training_ready.release.facts import CardError
 from training_ready.release.hub_blobs import HubError
+from training_ready.release.hub_commands import hub_check, hub_serve
 from training_ready.release.hub_server import EmbeddedHub
 from training_ready.release.publish import Publication, publish_release
 
@@ -32,12 +36,43 @@ def blob(hub: EmbeddedHub, path: Path) -> Path:
     return hub.root / "blobs" / sha256[:2] / sha256
 
 
-def test_a_release_is_pushed_in_one_commit_and_read_back(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+def test_a_release_is_proven_on_its_branch_before_main_moves(
+    hub: EmbeddedHub, api: HfApi, release: Path
+) -> None:
     seen: list[tuple[str, int, int]] = []
-    publication = publish(hub, release, progress=lambda label, done, total: seen.append((label, done, total)))
+    mains: dict[str, str | None] = {}
+
+    def watch(label: str, done: int, total: int) -> None:
+        seen.append((label, done, total))
+        if label != "hash" and label not in mains:
+            mains[label] = api.repo_info(REPO).sha
+
+    publication = publish(hub, release, progress=watch)
     assert publication.uploaded
     assert publication.url == f"{hub.endpoint_url}/{REPO}"
-    assert [commit.commit_id for commit in api.list_repo_commits(REPO)][:-1] == [publication.revision]
+    assert list(dict.fromkeys(label for label, _, _ in seen)) == [
+        "hash", "upload", "commit", "read back", "tag", "main",
+    ]  # fmt: skip
+    assert len(set(mains.values())) == 1, "main moved before the end"
+    refs = api.list_repo_refs(REPO)
+    branches = {branch.name: branch.target_commit for branch in refs.branches}
+    assert branches["main"] == publication.revision != mains["main"]
+    assert set(branches) == {"main", "step-004321"}
+    assert [(tag.name, tag.target_commit) for tag in refs.tags] == [
+        (publication.name, branches["step-004321"])
+    ]
+    assert re.fullmatch(r"step-004321-[0-9a-f]{8}", publication.name)
+    for revision in branches:
+        commits = api.list_repo_commits(REPO, revision=revision)
+        assert len(commits) == 2, "creation, and one commit of ours"
+    listed = [
+        {
+            entry.path: (entry.size, entry.blob_id, entry.lfs and entry.lfs.sha256)
+            for entry in api.list_repo_tree(REPO, recursive=True, revision=revision)
+        }
+        for revision in ("main", "step-004321")
+    ]
+    assert listed[0] == listed[1]
     assert {file.path: file.sha256 for file in publication.files} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in release.iterdir()
     }
@@ -113,7 +148,7 @@ def test_a_pickle_under_a_harmless_name_is_refused(release: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"]
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
 )
 def test_a_missing_file_is_named(hub: EmbeddedHub, release: Path, name: str) -> None:
     (release / name).unlink()
@@ -143,11 +178,27 @@ def test_a_link_out_of_the_folder_is_refused(release: Path, tmp_path: Path) -> N
     assert "more: a symbolic link" in str(refused.value)
 
 
-def test_a_card_that_hubs_refuse_is_refused(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
-    (release / "README.md").write_text("---\ntags: {a: b}\n---\n")
-    with pytest.raises(PublishError, match="'tags' must be a list of texts"):
+def test_a_release_whose_card_lacks_a_field_is_refused_by_name(
+    hub: EmbeddedHub, api: HfApi, release: Path
+) -> None:
+    record = json.loads((release / "release.json").read_bytes())
+    for group, field in (("words", "limits"), ("facts", "hardware"), ("facts", "wall_seconds")):
+        broken = copy.deepcopy(record)
+        del broken[group][field]
+        (release / "release.json").write_text(json.dumps(broken))
+        with pytest.raises(CardError, match=rf"{group}\.{field}: Field required"):
+            publish(hub, release)
+    (release / "release.json").unlink()
+    with pytest.raises(CardError, match=r"release\.json is missing"):
         publish(hub, release)
-    assert api.list_repo_files(REPO) == []
+    assert not api.repo_exists(REPO)
+
+
+def test_a_card_that_was_edited_is_written_again(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
+    written = (release / "README.md").read_text()
+    (release / "README.md").write_text("---\nlicense: mit\n---\nThe best model in the world.\n")
+    publish(hub, release)
+    assert (release / "README.md").read_text() == written
 
 
 # --- what can go wrong on the way
@@ -236,12 +287,14 @@ def test_main_moved_by_somebody_else_meanwhile(hub: EmbeddedHub, api: HfApi, rel
     save_file({"w": load_file(release / "model.safetensors")["embed.weight"]}, release / "model.safetensors")
 
     def interfere(label: str, done: int, total: int) -> None:
-        if label == "upload" and done == total:
+        if label == "tag":
             api.upload_file(repo_id=REPO, path_or_fileobj=b"other", path_in_repo="other.txt")
 
-    with pytest.raises(PublishError, match="somebody else moved main"):
+    with pytest.raises(PublishError, match=r"somebody else moved main.*To continue, run: .*release publish"):
         publish(hub, release, progress=interfere)
     assert "other.txt" in api.list_repo_files(REPO)
+    assert publish(hub, release).uploaded
+    assert "other.txt" not in api.list_repo_files(REPO)
 
 
 # --- Xet

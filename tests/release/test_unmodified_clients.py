@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
 from huggingface_hub import HfApi
 
 from training_ready.release.hub_server import EmbeddedHub
+from training_ready.release.place_bucket import BucketPlace
+from training_ready.release.place_folder import FolderPlace
+from training_ready.release.places import Place
+from training_ready.release.targets.pinned import cache_folder
 
 PUSH_AND_RELOAD = """
 import torch
@@ -87,3 +94,115 @@ def test_the_hf_command_line(hub: EmbeddedHub, tmp_path: Path) -> None:
     run(hub, tmp_path / "home", hf, "upload", "me/cli", str(tmp_path / "data"))
     run(hub, tmp_path / "home", hf, "download", "me/cli", "--local-dir", str(tmp_path / "copy"))
     assert (tmp_path / "copy" / "a.bin").read_bytes() == (tmp_path / "data" / "a.bin").read_bytes()
+
+
+@pytest.mark.slow  # a process for each command
+def test_more_of_the_hf_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(os.urandom(10_000))
+    hf = str(Path(sys.executable).with_name("hf"))
+    with EmbeddedHub(tmp_path / "hub", token="a-token") as hub:
+
+        def say(*words: str) -> str:
+            return run(hub, tmp_path / "home", hf, *words).stdout
+
+        assert "local" in say("auth", "whoami")
+        say("repos", "create", "me/cli", "--private")
+        say("upload", "me/cli", str(tmp_path / "a.bin"), "weights/a.bin")
+        say("repos", "branch", "create", "me/cli", "step-000001")
+        say("repos", "tag", "create", "me/cli", "v1")
+        assert "v1" in say("repos", "tag", "list", "me/cli")
+        say("upload", "me/cli", str(tmp_path / "a.bin"), "b.bin", "--revision", "step-000001")
+        api = HfApi(endpoint=hub.endpoint_url, token="a-token")
+        assert api.list_repo_files("me/cli", revision="v1") == ["weights/a.bin"]
+        assert api.list_repo_files("me/cli", revision="step-000001") == ["b.bin", "weights/a.bin"]
+        assert "me/cli" in say("models", "ls", "--format", "json")
+        say("repos", "delete", "me/cli", "--yes")
+        assert not api.repo_exists("me/cli")
+
+
+OLD_CLIENT = """
+import os, sys
+from pathlib import Path
+from huggingface_hub import CommitOperationAdd, HfApi, __version__, hf_hub_download, snapshot_download
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+assert __version__ == "0.30.1", __version__
+api, folder = HfApi(), Path(sys.argv[1])
+api.create_repo("me/old", private=True)
+api.create_repo("me/old", exist_ok=True)
+api.upload_folder(repo_id="me/old", folder_path=folder)
+api.create_branch("me/old", branch="step-000123")
+api.create_tag("me/old", tag="v1")
+head = api.repo_info("me/old", revision="step-000123").sha
+api.create_commit(
+    "me/old", [CommitOperationAdd("b.txt", b"two")], commit_message="b", revision="step-000123", parent_commit=head
+)
+try:
+    api.create_commit(
+        "me/old", [CommitOperationAdd("c", b"3")], commit_message="c", revision="step-000123", parent_commit=head
+    )
+    raise SystemExit("a commit on an old parent was accepted")
+except HfHubHTTPError as error:
+    assert error.response.status_code == 412, error
+assert {ref.name for ref in api.list_repo_refs("me/old").branches} == {"main", "step-000123"}
+assert [entry.path for entry in api.list_repo_tree("me/old")] == ["sub", "weights.bin"]
+assert api.get_paths_info("me/old", ["weights.bin"])[0].lfs.size == 200_000
+assert len(api.list_repo_commits("me/old")) == 2
+assert [model.id for model in api.list_models()] == ["me/old"]
+for wanted, attempt in (
+    (RepositoryNotFoundError, lambda: api.repo_info("me/none")),
+    (RevisionNotFoundError, lambda: api.repo_info("me/old", revision="none")),
+    (EntryNotFoundError, lambda: hf_hub_download("me/old", "none.txt")),
+):
+    try:
+        attempt()
+        raise SystemExit(f"no {wanted.__name__}")
+    except wanted:
+        pass
+copy = Path(snapshot_download("me/old", revision="v1"))
+for name in ("weights.bin", "sub/a.txt"):
+    assert (copy / name).read_bytes() == (folder / name).read_bytes()
+api.upload_large_folder(repo_id="me/old", repo_type="model", folder_path=folder, revision="main", print_report=False)
+api.delete_file("weights.bin", "me/old")
+api.delete_branch("me/old", branch="step-000123")
+print("all of it works")
+"""
+
+
+@pytest.fixture(scope="module")
+def old_python() -> Path:
+    """An interpreter with huggingface-hub 0.30.1, TGI's; built once from the package index, and kept."""
+    folder = (
+        cache_folder() / f"huggingface-hub-0.30.1-{hashlib.sha256(sys.version.encode()).hexdigest()[:12]}"
+    )
+    if not (folder / "env" / "bin" / "python").exists():
+        building = Path(tempfile.mkdtemp(dir=folder.parent))
+        subprocess.run([sys.executable, "-m", "venv", building / "env"], check=True)
+        pip = [
+            building / "env" / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "huggingface-hub==0.30.1",
+        ]
+        subprocess.run(pip, check=True)
+        building.rename(folder)
+    return folder / "env" / "bin" / "python"
+
+
+@pytest.mark.slow  # the first time it builds an environment
+@pytest.mark.parametrize("storage", ["folder", "bucket"])
+def test_the_client_of_tgi(
+    old_python: Path, tmp_path: Path, storage: str, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "weights.bin").write_bytes(b"\0" + os.urandom(199_999))
+    (tmp_path / "data" / "sub" / "a.txt").write_text("grüße")
+    if storage == "folder":
+        place: Place = FolderPlace(tmp_path / "hub")
+    else:
+        place = BucketPlace(request.getfixturevalue("moto_store"), "hub")
+    with EmbeddedHub(place, token="a-token") as hub:
+        done = run(hub, tmp_path / "home", str(old_python), "-I", "-c", OLD_CLIENT, str(tmp_path / "data"))
+        assert "all of it works" in done.stdout

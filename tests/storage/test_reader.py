@@ -30,15 +30,16 @@ SMALL = {"range_bytes": 20_000, "in_flight": 3}
         max_size=12,
     ),
     ahead=st.booleans(),
+    whole=st.booleans(),
     range_bytes=st.sampled_from([7_000, 65_536, 4 << 20]),
 )
 def test_it_reads_as_a_file_does(
-    store: ObjectStore, moves: list[tuple[str, int]], ahead: bool, range_bytes: int
+    store: ObjectStore, moves: list[tuple[str, int]], ahead: bool, whole: bool, range_bytes: int
 ) -> None:
     if not store.exists("data"):
         store.put_bytes("data", DATA)
     expected = io.BytesIO(DATA)
-    with store.open("data", ahead=ahead, range_bytes=range_bytes, in_flight=3) as reader:
+    with store.open("data", ahead=ahead, whole=whole, range_bytes=range_bytes, in_flight=3) as reader:
         for move, amount in moves:
             if move == "read":
                 assert reader.read(amount) == expected.read(amount)
@@ -49,6 +50,7 @@ def test_it_reads_as_a_file_does(
                 whence = io.SEEK_END if move == "end" else io.SEEK_SET
                 assert reader.seek(amount, whence) == expected.seek(amount, whence)
             assert reader.tell() == expected.tell()
+        assert reader.read_range(5, 100_000) == DATA[5:100_000]
         assert reader.read() == expected.read()
 
 

@@ -177,8 +177,8 @@ def test_a_corpus_shard_replaced_while_it_is_read(line: Line, quiet: list[str], 
         replaced.set()
 
     line.proxy.after = [(at, replace_it)]
-    found = outcome(line, line.run)
-    assert found is None if at == 1 else found in (None, quiet)
+    # Ranges that were on their way when it happened may all be the old version's: then these are the rows.
+    assert outcome(line, line.run) in (None, quiet)
     assert replaced.is_set()
 
 

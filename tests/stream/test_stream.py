@@ -175,6 +175,7 @@ def test_the_figures_of_a_log_are_those_of_its_packs(read_packs: ReadPacks) -> N
     assert figures["stream/epochs/data"] == round(12 / packs.plan.packs_per_pass, 4)
     assert figures["stream/fetched_mb"] == round(packs.bytes_read / 1e6, 3) > 0
     assert 0 < figures["stream/wait_share"] <= 1
+    assert figures["stream/retries"] == figures["stream/cache_hits"] == 0
 
 
 def test_every_block_is_read_once_an_epoch() -> None:

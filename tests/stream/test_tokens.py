@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from training_ready.storage.disk_cache import DiskCache
 from training_ready.storage.objects import ObjectStore
 from training_ready.stream.blocks import BLOCK_ROWS, BlockReader
 from training_ready.stream.index import wanted_cells
@@ -61,6 +63,34 @@ def test_the_second_run_reads_tokens_and_writes_nothing(
     make_cache().ensure([shard])
     assert {info.key: info.etag for info in store.list("final_dataset/numbers/tokens/")} == first
     assert len(first) == 2  # the tokens, and the index of their rows
+
+
+def test_a_node_with_a_disk_cache_never_fetches_what_it_wrote(
+    store: ObjectStore, make_cache: Callable[..., TokenCache], tmp_path: Path
+) -> None:
+    cached = store.with_cache(DiskCache(folder=tmp_path, budget_bytes=1 << 28))
+    cache = make_cache()
+    shard = put_shard(store, KEY, [numbered_conversation(n) for n in range(50)])
+    cache = TokenCache(
+        store=cached, corpus_prefix="final_dataset/numbers", renderer=cache._renderer, policy=cache._policy
+    )
+    index = cache.ensure([shard])
+    fetched = cached.traffic.cost().bytes
+    assert fetched >= shard.bytes
+    assert len(BlockReader(cached, index).read(0)) == 50
+    assert cached.traffic.cost().bytes == fetched
+
+
+def test_a_block_costs_its_own_bytes_once(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> None:
+    shard = put_shard(store, KEY, [numbered_conversation(n) for n in range(2 * BLOCK_ROWS)])
+    index = make_cache().ensure([shard])
+    reader = BlockReader(store, index)
+    reader.read(0)
+    before = store.traffic.cost()
+    reader.read(1)
+    after = store.traffic.cost()
+    assert after.bytes - before.bytes == index.block_bytes[1] == reader.bytes_read - index.block_bytes[0]
+    assert after.requests - before.requests == 1
 
 
 def test_another_length_policy_or_role_means_other_tokens(make_cache: Callable[..., TokenCache]) -> None:

@@ -8,11 +8,14 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from training_ready.corpus.build import build_corpus
 from training_ready.corpus.spec import load_spec
+from training_ready.recipe.load import load_recipe
 from training_ready.storage.embedded import EmbeddedStore
 from training_ready.storage.objects import ObjectStore
 
@@ -116,3 +119,31 @@ def refused(launch: Launch) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture
+def run_here(
+    corpus_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs a recipe's text in this process and returns the trainer of experts that ran, with its model."""
+    from training_ready.training import run
+    from training_ready.training.moe_trainer import MoETrainer
+
+    kept: list[MoETrainer] = []
+
+    class Kept(MoETrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            kept.append(self)
+
+    for name, value in corpus_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run, "MoETrainer", Kept)
+
+    def start(text: str, *overrides: str) -> MoETrainer:
+        path = tmp_path / "here.yaml"
+        path.write_text(text, encoding="utf-8")
+        run.run_sft(load_recipe(path, overrides), Console(quiet=True))
+        return kept[-1]
+
+    return start

@@ -203,6 +203,20 @@ def test_sharded_weights_have_the_same_gradients(
     assert all(difference < 1e-5 for difference in differences.values()), differences
 
 
+@pytest.mark.slow
+def test_mixed_precision_over_spread_experts_is_the_same_gradient_rounded(
+    runs: Runs, started: Path, folder: Path
+) -> None:
+    """The keys of recipes/qwen3_30b_a3b_full.yaml together: fp32 weights, computed in bf16, routers in fp32."""
+    runs({"whole-mixed": split(ranks=1, accumulate=1, packed=True)}, recipe=started)
+    mixed = "model_init_kwargs={distributed_config: {fsdp_size: 2, ep_size: 2, fsdp_mixed_precision: true}}"
+    spread = [*split(ranks=2, accumulate=1, packed=True, checkpointing=True), mixed, "save_only_model=true"]
+    runs({"mixed": [*spread, "moe.fp32_router=true"]}, recipe=started, ranks=2)
+    difference = worst_difference(gradients(folder, "whole-mixed"), gradients(folder, "mixed"))
+    print(difference)
+    assert 1e-5 < difference < 0.1
+
+
 ADAPTERS = [
     "moe.adapters={rank: 8, alpha: 16}",
     "moe.balance_coefficient=null",

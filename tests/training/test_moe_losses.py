@@ -99,14 +99,14 @@ def test_an_expert_without_tokens_warns_and_stops(caplog: pytest.LogCaptureFixtu
     watched = ExpertLoadLog(model, MoeSection(warn_min_share=0.01, stop_on_dead_steps=10))
     model(input_ids=IDS)
     with caplog.at_level(logging.WARNING, logger="training_ready"):
-        metrics = watched.since_last_log(5, 5)
+        metrics = watched.since_last_log(5)
     assert "2 experts got less than moe.warn_min_share" in caplog.text
     assert "expert 3 of layer 0" in caplog.text
     assert metrics["moe/dead_experts"] == 2
     assert metrics["expert_load/layer_1/expert_3"] == 0
     model(input_ids=IDS)
     with pytest.raises(MoEError, match=r"step 10: 2 experts got no token .* expert 3 of layer 0 for 10"):
-        watched.since_last_log(10, 5)
+        watched.since_last_log(10)
 
 
 def test_an_expert_that_comes_back_does_not_stop() -> None:
@@ -118,14 +118,14 @@ def test_an_expert_that_comes_back_does_not_stop() -> None:
             router.bias.data[3] = bias
             router.bias.data[2] = 0.5 - bias  # the other one gets its share in turn
         model(input_ids=IDS)
-        watched.since_last_log(step, 5)
+        watched.since_last_log(step)
 
 
 def test_many_experts_are_logged_by_their_worst_layer_only() -> None:
     model = build(num_local_experts=200)
     watched = ExpertLoadLog(model, MoeSection())
     model(input_ids=IDS)
-    assert not any(name.startswith("expert_load/") for name in watched.since_last_log(1, 1))
+    assert not any(name.startswith("expert_load/") for name in watched.since_last_log(1))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +80,6 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-
-
-def training(run: Path, since: float) -> bool:
-    """Whether a step has been logged since then."""
-    return any(line["time"] > since for line in metrics(run))
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -270,34 +262,6 @@ def test_an_evaluation_is_left_and_the_step_before_it_is_saved(
     assert not [line for line in metrics(run) if "eval_loss" in line]
     finish(launch, dense, run, *options)
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["loss"]["eval"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_ten_kills_at_random_moments_end_with_the_same_weights(
-    dense: Path, launch: Launch, tmp_path: Path, uninterrupted: Callable[..., Path], store: ObjectStore
-) -> None:
-    """The folder is thrown away at every other kill, as if the machine were gone: then the bucket has to do."""
-    options = ("max_steps=60", "save_steps=2", "save_total_limit=2")
-    whole, run = uninterrupted(dense, launch, *options), tmp_path / "run"
-    mirrored = ("checkpoint.mirror=true", "checkpoint.keep_remote=2")
-    place = {"OVH_S3_CHECKPOINT_BUCKET": store.bucket}
-    chance, kills = random.Random(4), 0
-    while kills < 10:
-        process = launch(dense, f"output_dir={run}", "resume=auto", *options, *mirrored, **place)
-        wait_for(process, partial(training, run, time.time()))
-        time.sleep(chance.uniform(0, 1.0))
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        for folder in checkpoints_in(run)[0]:
-            load_file(folder / "model.safetensors")
-        if kills % 2:
-            shutil.rmtree(run)
-    finish(launch, dense, run, *options, *mirrored, **place)
-    assert same_weights(run / "checkpoint-60", whole / "checkpoint-60")
-    assert losses(run) == losses(whole)
 
 
 @pytest.fixture

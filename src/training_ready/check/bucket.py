@@ -1,21 +1,29 @@
-"""Does the bucket let this run read its corpus, and keep its tokens beside it?"""
+"""Does the bucket let this run read its corpus, and keep its tokens and its checkpoints where they belong?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from training_ready.check.context import CheckContext
+from training_ready.check.context import CheckContext, Missing
 from training_ready.check.corpora import Corpus, trained_splits
 from training_ready.check.finding import Finding, failed, passed
 from training_ready.storage.errors import StorageError
+from training_ready.storage.objects import ObjectStore
 from training_ready.storage.verify import verify_store
 
 
 def probe_bucket(context: CheckContext) -> list[Finding]:
-    """Credentials, listing, a read of every shard, and a write, read and delete where the tokens will lie."""
+    """Credentials, listing, a read of every shard; write, read and delete where tokens and checkpoints will lie."""
     findings: list[Finding] = []
-    for name, corpus in context.corpora.items():
+    _ = context.settings  # offline, and missing credentials, are said once for all of this probe
+    if context.recipe.checkpoint.mirror is not False:
+        findings += _mirror(context)
+    try:
+        corpora = context.corpora
+    except Missing as missing:
+        return [*findings, failed(missing.reason, key=missing.key)]
+    for name, corpus in corpora.items():
         faults = [*_shards(context, name, corpus), *_permissions(context, corpus)]
         size = sum(shard.bytes for shard in corpus.manifest.shards)
         findings += faults or [
@@ -30,14 +38,31 @@ def probe_bucket(context: CheckContext) -> list[Finding]:
 
 
 def _permissions(context: CheckContext, corpus: Corpus) -> Iterator[Finding]:
-    settings, prefix = context.settings, f"{corpus.tokens_prefix}/tokens"
-    proof = verify_store(replace(settings, bucket=corpus.store.bucket, root_prefix=""), prefix=prefix)
+    prefix = f"{corpus.tokens_prefix}/tokens"
+    for fault in _refused(context, corpus.store, prefix):
+        yield replace(fault, where=corpus.store.uri(prefix))
+
+
+def _mirror(context: CheckContext) -> list[Finding]:
+    """The bucket of ``checkpoint.mirror`` is another one, often with other rights, and is first used hours later."""
+    from training_ready.training.resume import bucket_of
+
+    place = bucket_of(context.recipe)
+    if place is None:
+        return []
+    faults = [replace(one, key="checkpoint.mirror") for one in _refused(context, place.store, place.prefix)]
+    return faults or [passed(f"{place.uri}: list, write, read, range and delete proven for the checkpoints")]
+
+
+def _refused(context: CheckContext, store: ObjectStore, prefix: str) -> Iterator[Finding]:
+    """What may not be done below a prefix, found by doing it."""
+    settings = context.settings
+    proof = verify_store(replace(settings, bucket=store.bucket, root_prefix=""), prefix=prefix)
     for step in proof.steps:
         if step.outcome == "failed":
             yield failed(
                 f"no permission or no way to {step.name}: {step.detail}",
-                where=corpus.store.uri(prefix),
-                fix=f"give the credentials ({settings.credential_names}) that right in {corpus.store.bucket}",
+                fix=f"give the credentials ({settings.credential_names}) that right in {store.bucket}",
                 step=step.name,
             )
 

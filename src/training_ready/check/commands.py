@@ -30,6 +30,7 @@ def check(
     """
     import json
     import os
+    import warnings
 
     from rich.console import Console
 
@@ -38,6 +39,10 @@ def check(
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft 0.21 asks transformers 5.23 by a deprecated name; remove when it does not.
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     chosen, console = overrides or [], Console(stderr=as_json)
     if trial is not None:
         from training_ready.check.trial import run_trial

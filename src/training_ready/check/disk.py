@@ -1,4 +1,4 @@
-"""Is there room for the checkpoints, all that are kept and the one being written?"""
+"""Is there room for the checkpoints that lie on the disk at once, the one being written among them?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MASTER_BYTES = 12
 
 
 def probe_disk(context: CheckContext) -> list[Finding]:
-    """Size of a checkpoint x (kept + 1), as rotation comes after the save, against the free space of the run folder."""
+    """Size of a checkpoint x the most that lie on the disk at once, against the free space of the run folder."""
     one, parts = checkpoint_bytes(context)
-    kept, why = _kept(context)
-    need = one * (kept + 1)
-    text = f"{_size(need)} = {_size(one)} ({parts}) x ({kept} kept{why} + 1 being written)"
+    copies, why = _copies(context)
+    need = one * copies
+    text = f"{_size(need)} = {_size(one)} ({parts}) x {copies} at once ({why})"
     measured: dict[str, Any] = {"checkpoint_bytes": one, "needed_bytes": need}
     if context.recipe.launch.ovh is not None and not context.starting:
         return [
@@ -45,13 +45,16 @@ def probe_disk(context: CheckContext) -> list[Finding]:
 def checkpoint_bytes(context: CheckContext) -> tuple[int, str]:
     """Bytes of one checkpoint, and what they are: saved weights and the optimizer's state. The rest is small."""
     model: Any = context.model
-    adapters = bool(context.recipe.effective("use_peft")) or context.recipe.moe.adapters is not None
+    moe = context.recipe.moe
+    adapters = bool(context.recipe.effective("use_peft") or moe.adapters or moe.shared_base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = trained if adapters else list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     state = _state_bytes(context)
     optimizer = sum(p.numel() * (2 * p.element_size() if state is None else state) for p in trained)
     what = "adapters" if adapters else "weights"
+    if context.recipe.effective("save_only_model"):
+        return weights, f"{what} {_size(weights)}, no optimizer"
     return weights + optimizer, f"{what} {_size(weights)} + optimizer {_size(optimizer)}"
 
 
@@ -62,29 +65,41 @@ def _state_bytes(context: CheckContext) -> int | None:
     return next((size for part, size in _STATE_BYTES.items() if part in name), None)
 
 
-def _kept(context: CheckContext) -> tuple[int, str]:
-    """Checkpoints that stay, and how that is known."""
+def _copies(context: CheckContext) -> tuple[int, str]:
+    """Checkpoints on the disk at the fullest moment, and how that is known."""
+    from training_ready.training.checkpoints import copies_on_disk
+
     recipe = context.recipe
-    limit = recipe.effective("save_total_limit")
-    every = recipe.effective("save_steps")
+    mirrored, best = recipe.checkpoint.mirror is not False, bool(recipe.effective("load_best_model_at_end"))
+    limit, saves = recipe.effective("save_total_limit"), _saves(context)
+    most = copies_on_disk(limit or None, mirrored=mirrored)
+    if most is None:
+        return (
+            (1, "the number of saves is unknown") if saves is None else (saves, "save_total_limit is not set")
+        )
+    why = [f"save_total_limit {limit}, the one being written included"]
+    why += ["one on its way to the bucket"] * mirrored + ["the best one"] * best
+    copies = most + best
+    if saves is not None and saves < copies:
+        return saves, "as many as the run saves"
+    return copies, " + ".join(why)
+
+
+def _saves(context: CheckContext) -> int | None:
+    """Checkpoints that the run writes; None if that is not known."""
+    recipe = context.recipe
+    every = float(recipe.effective("save_steps"))
     try:
         steps = context.length.steps
     except Missing:
         steps = max(recipe.effective("max_steps"), 0)
-    saves = (
-        None if not steps or recipe.effective("save_strategy") != "steps" else -(-steps // max(int(every), 1))
-    )
+    if recipe.effective("save_strategy") == "no":
+        return 1  # the last step, or an interruption
+    if recipe.effective("save_strategy") != "steps":
+        return None
     if every < 1:
-        saves = round(1 / every)
-    if limit is None:
-        return (
-            (1, ", the number of saves is unknown")
-            if saves is None
-            else (saves, ", save_total_limit is not set")
-        )
-    best = bool(recipe.effective("load_best_model_at_end")) and limit == 1
-    kept = limit + 1 if best else limit
-    return (kept, "") if saves is None else (min(kept, saves), "")
+        return round(1 / every)
+    return -(-steps // max(int(every), 1)) if steps else None
 
 
 def _existing(folder: Path) -> Path:

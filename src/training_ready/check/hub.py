@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from training_ready.check.context import CheckContext
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.release.card import require_words
-from training_ready.release.commands import HUB_TOKEN
 from training_ready.release.connection import PUBLIC_HUB, hub_api, is_public_hub
 from training_ready.release.facts import CardError
+from training_ready.release.hub_commands import HUB_TOKEN
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -41,7 +41,8 @@ def _card(context: CheckContext) -> Iterator[Finding]:
         require_words(context.recipe.release)
     except CardError as error:
         say = warned if context.recipe.release.repo_id is None else failed
-        yield say(str(error), key="release")
+        later = "add it now; the recipe of a finished run is completed by `training-ready release build RUN FOLDER "
+        yield say(str(error), key="release", fix=f"{later}release.license=... release.summary=...`")
 
 
 def _answers(context: CheckContext, endpoint: str, token: str | None, repo_id: str) -> Iterator[Finding]:
@@ -75,13 +76,12 @@ def _answers(context: CheckContext, endpoint: str, token: str | None, repo_id: s
 def _permission(context: CheckContext, api: HfApi, endpoint: str, repo_id: str) -> Iterator[Finding]:
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    who: dict[str, Any] = {}
-    if api.token is not False:  # a hub of one's own may ask for none
-        try:
-            who = api.whoami()
-        except LocalTokenNotFoundError:
-            yield failed(f"no token for {endpoint}", key="release.repo_id", fix="export HF_TOKEN")
-            return
+    open_to_all = api.token is False  # a hub of one's own may ask for no token
+    try:
+        who = _everybody(endpoint) if open_to_all else api.whoami()
+    except LocalTokenNotFoundError:
+        yield failed(f"no token for {endpoint}", key="release.repo_id", fix="export HF_TOKEN")
+        return
     name = str(who.get("name") or "everybody")
     owner = repo_id.partition("/")[0] if "/" in repo_id else name
     role = (who.get("auth") or {}).get("accessToken", {}).get("role")
@@ -90,10 +90,28 @@ def _permission(context: CheckContext, api: HfApi, endpoint: str, repo_id: str) 
             f"the token of {name} may only {role}", key="release.repo_id", fix="a token with the role write"
         )
         return
+    if role is None and open_to_all:
+        yield warned(
+            f"no token is set, and {endpoint} does not say whether everybody may write: the push will tell",
+            key="release.repo_id",
+            fix="export HF_TOKEN, if that hub gives out tokens",
+        )
     yield from _owner(who, name, owner, endpoint)
     yield from _name(
         context, api, repo_id, f"{endpoint} lets {name} in" + (f", token role {role}" if role else "")
     )
+
+
+def _everybody(endpoint: str) -> dict[str, Any]:
+    """What a hub says of a caller without a token: ours names a role, others need not."""
+    import httpx2
+
+    answer = httpx2.get(f"{endpoint}/api/whoami-v2", timeout=_SECONDS)
+    try:
+        said = answer.json() if answer.status_code == 200 else {}
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _owner(who: dict[str, Any], name: str, owner: str, endpoint: str) -> Iterator[Finding]:

@@ -13,6 +13,8 @@ from training_ready.check.memory_step import StepSpec, build_on_meta, trainable
 from training_ready.check.memory_trace import PeakMemory, Split, decoder_layers
 
 Shape = tuple[int, ...]
+_EXPERTS_AT_ONCE = 256 * 2**20
+"""Bytes of a group of unpacked experts, as in ``moe/quant.py``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,7 @@ class Weights:
         layers: parameters of each decoder layer; ``ends``: of embedding, head and final norm together.
         linear: parameters that bitsandbytes would quantise: the base's linear layers without the head. Experts that are
             fused into one tensor are none. ``largest_linear``: the largest one.
+        experts: parameters of fused experts. ``largest_expert``: of one projection of one expert.
     """
 
     trainable: int
@@ -37,6 +40,8 @@ class Weights:
     ends: int
     linear: int
     largest_linear: int
+    experts: int = 0
+    largest_expert: int = 0
 
     @property
     def all(self) -> int:
@@ -56,6 +61,11 @@ def count_weights(spec: StepSpec) -> Weights:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
     ]
+    fused = [
+        weight
+        for name, weight in model.named_parameters()
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and weight.dim() == 3
+    ]
     return Weights(
         trainable=sum(w.numel() for w in learned),
         frozen=sum(w.numel() for w in every if not w.requires_grad),
@@ -66,6 +76,8 @@ def count_weights(spec: StepSpec) -> Weights:
         ends=sum(w.numel() for w in every) - sum(layers),
         linear=sum(linear),
         largest_linear=max(linear, default=0),
+        experts=sum(weight.numel() for weight in fused),
+        largest_expert=max((weight[0].numel() for weight in fused), default=0),
     )
 
 
@@ -136,6 +148,23 @@ def quantised(peak: PeakMemory, weights: Weights, *, bits: int, nested: bool) ->
     each = 0.5 + scales if bits == 4 else 1.0
     saved = round(weights.linear * (weights.bytes_each - each))
     unpacked = weights.largest_linear * torch.bfloat16.itemsize if bits == 4 else 0
+    moments = {
+        name: split.plus(parameters=-saved, activations=0 if name == "optimizer" else unpacked)
+        for name, split in peak.moments.items()
+    }
+    return replace(peak, moments=moments)
+
+
+def quantised_experts(peak: PeakMemory, weights: Weights, *, double: bool) -> PeakMemory:
+    """The trace with the experts in NF4 (``moe/quant.py``): half a byte per weight and a scale per 64, fp32 or, double,
+    a byte and an fp32 step per 256 scales. Each product unpacks experts in groups of 256 MB, at least one: in the
+    computing type, and one expert's codes as int32 and values as fp32 on the way."""
+    scales = (1 + 4 / 256) / 64 if double else 4 / 64
+    saved = round(weights.experts * (weights.bytes_each - 0.5 - scales))
+    one = weights.largest_expert * weights.bytes_each
+    # A group of several experts is stacked from its parts, so it is there twice for a moment.
+    group = one if 2 * one > _EXPERTS_AT_ONCE else 2 * _EXPERTS_AT_ONCE
+    unpacked = group + 6 * weights.largest_expert
     moments = {
         name: split.plus(parameters=-saved, activations=0 if name == "optimizer" else unpacked)
         for name, split in peak.moments.items()

@@ -15,12 +15,14 @@ from training_ready.check.memory_arithmetic import (
     COMPUTED,
     count_weights,
     quantised,
+    quantised_experts,
     with_optimizer,
 )
 from training_ready.check.memory_ranks import Ranks, on_one_rank
 from training_ready.check.memory_step import OPTIMIZERS, Checkpointing, StepSpec, TraceError
 from training_ready.check.memory_trace import PeakMemory, trace_step
 from training_ready.check.processes import Topology
+from training_ready.check.topology_native import is_divided_while_loading
 from training_ready.recipe.recipe import Recipe
 
 
@@ -35,6 +37,8 @@ class MemoryPlan:
     optimizer: str
     bits: Literal[4, 8] | None = None
     nested: bool = False
+    experts: Literal["nf4", "nf4_double"] | None = None
+    """How the frozen experts are held (None: as loaded)."""
 
 
 def plan_of(context: CheckContext) -> MemoryPlan:
@@ -44,7 +48,7 @@ def plan_of(context: CheckContext) -> MemoryPlan:
         TraceError: the recipe asks for something whose memory is not known here.
     """
     recipe, topology = context.recipe, context.topology
-    if any(size > 1 for size in topology.parallel.values()) or _native(recipe):
+    if any(size > 1 for size in topology.parallel.values()) or is_divided_while_loading(recipe):
         raise TraceError(
             "tensor, context and expert parallelism divide a layer, which is neither traced nor computed"
         )
@@ -67,6 +71,7 @@ def plan_of(context: CheckContext) -> MemoryPlan:
         optimizer=optimizer,
         bits=4 if four else 8 if eight else None,
         nested=bool(recipe.trl.get("use_bnb_nested_quant")),
+        experts=recipe.moe.experts_4bit if _routes(context.model_config) else None,
     )
 
 
@@ -81,6 +86,8 @@ def peak_of(plan: MemoryPlan) -> PeakMemory:
         peak = with_optimizer(peak, COMPUTED[plan.optimizer](weights.shapes), weights)
     if plan.bits is not None:
         peak = quantised(peak, weights, bits=plan.bits, nested=plan.nested)
+    if plan.experts is not None:
+        peak = quantised_experts(peak, weights, double=plan.experts == "nf4_double")
     return on_one_rank(peak, weights, plan.ranks)
 
 
@@ -89,7 +96,7 @@ def _step(context: CheckContext, ranks: Ranks, optimizer: str) -> StepSpec:
     config = context.model_config
     on_cpu = context.topology.use_cpu
     half = bool(recipe.effective("bf16")) if on_cpu else recipe.effective("bf16") is not False
-    moe = recipe.moe if _routes(config) else None
+    moe = recipe.moe if _routes(config) or recipe.moe.shared_base is not None else None
     quantised_base = bool(recipe.effective("load_in_4bit") or recipe.effective("load_in_8bit"))
     return StepSpec(
         config=config,
@@ -115,11 +122,6 @@ def _routes(config: Any) -> bool:
     from training_ready.moe.families import moe_family
 
     return moe_family(config) is not None
-
-
-def _native(recipe: Recipe) -> bool:
-    """Whether transformers itself divides the model while it loads."""
-    return bool((recipe.effective("model_init_kwargs") or {}).get("distributed_config"))
 
 
 def _dtype(recipe: Recipe, config: Any) -> torch.dtype:

@@ -22,8 +22,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from training_ready import TrainingReadyError
 from training_ready.check.memory_kernels import attention_on_gpu
+from training_ready.moe.families import routed_layers
 from training_ready.moe.routing import route_in_float32
-from training_ready.recipe.sections import MoeSection
+from training_ready.moe.shared_base import build_shared_base
+from training_ready.recipe.sections import MoeSection, SharedBaseSection
 from training_ready.training.expert_adapters import adapt_experts
 from training_ready.training.moe_losses import RouterLosses, plan_balance
 
@@ -94,6 +96,24 @@ def build_on_meta(spec: StepSpec) -> Any:
             raise TraceError(f"{spec.config.model_type} cannot be built as asked: {error}") from error
         if spec.moe is not None and spec.moe.adapters is not None:
             adapt_experts(model, spec.moe.adapters)
+        if spec.moe is not None and spec.moe.shared_base is not None:
+            model = share_on_meta(model, spec.moe.shared_base)
+    return model
+
+
+def share_on_meta(dense: Any, chosen: SharedBaseSection) -> Any:
+    """The experts over a dense base in shapes only, as ``training.shared_experts`` builds them: fp32 routers."""
+    model = build_shared_base(
+        dense,
+        experts=chosen.experts,
+        top_k=chosen.top_k,
+        rank=chosen.rank,
+        alpha=chosen.alpha,
+        dropout=chosen.dropout,
+    )
+    for routed in routed_layers(model):
+        router: Any = routed.router
+        router.weight = nn.Parameter(router.weight.detach().float())
     return model
 
 
@@ -105,8 +125,11 @@ def build_model(spec: StepSpec) -> Any:
     model = build_on_meta(spec)
     base = model.get_base_model() if spec.lora is not None else model
     _leave_meta(model)
-    if spec.moe is not None and spec.moe.fp32_router:
+    shared = spec.moe is not None and spec.moe.shared_base is not None
+    if shared or (spec.moe is not None and spec.moe.fp32_router):
         route_in_float32(model)
+    if shared:
+        model.enable_input_require_grads()
     if spec.checkpointing != "off":
         if spec.lora is not None:
             model.enable_input_require_grads()
@@ -157,7 +180,7 @@ def router_losses(model: nn.Module, spec: StepSpec) -> RouterLosses | None:
     """The losses that :class:`training_ready.training.moe_trainer.MoETrainer` would add, if any."""
     if spec.moe is None:
         return None
-    adapters = spec.lora is not None or spec.moe.adapters is not None
+    adapters = spec.lora is not None or bool(spec.moe.adapters or spec.moe.shared_base)
     plan = plan_balance(model, spec.moe, spec.router_coefficient, adapters=adapters)
     if not (plan.needs_gradient or plan.bias_rate):
         return None

@@ -98,8 +98,19 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
 
     Raises:
         MetaModelError: peft refuses, for example because no module matches.
+        MoEError: the experts cannot be adapted, or not be built over this base.
     """
     trained: PreTrainedModel | PeftModel = model
+    if recipe.moe.shared_base is not None:
+        import torch
+
+        from training_ready.moe.shared_base import build_shared_base
+
+        chosen = recipe.moe.shared_base
+        with torch.device("meta"):
+            return build_shared_base(
+                model, experts=chosen.experts, top_k=chosen.top_k, rank=chosen.rank, alpha=chosen.alpha
+            )
     if recipe.effective("use_peft"):
         trained = _with_lora(recipe, model)
     if recipe.moe.adapters is not None:

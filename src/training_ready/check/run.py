@@ -37,6 +37,9 @@ PROBES = (
 """By name, as ``--skip`` takes them. Each is ``probe_<name>`` of ``training_ready.check.<name>``."""
 
 
+SKIPPED = "--skip leaves it out"
+"""What a probe says that was left out."""
+
 AFTER = {"memory": ("parameters", "topology")}
 """Probes that say nothing about a recipe of which another failed: a step that cannot run has no memory."""
 
@@ -126,7 +129,7 @@ def check_recipe(
         told(name)
         broken = [o.probe for o in outcomes if o.probe in AFTER.get(name, ()) and o.status == "fail"]
         if name in skip:
-            outcomes.append(_not_run(name, "--skip leaves it out"))
+            outcomes.append(_not_run(name, SKIPPED))
         elif broken:
             outcomes.append(_not_run(name, f"{' and '.join(broken)} failed"))
         else:

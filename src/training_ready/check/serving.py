@@ -15,6 +15,8 @@ def probe_serving(context: CheckContext) -> list[Finding]:
     from training_ready.release.targets.tgi_config import tgi_config
 
     recipe, config = context.recipe, context.model_config
+    if recipe.moe.shared_base is not None:
+        config = context.model.config  # what leaves is the mixture, not the dense base
     target = recipe.release.target
     key = context.first_set("release.target", "model_name_or_path", "model.config")
     findings = [*_adapter(context, key)]

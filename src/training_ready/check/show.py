@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training_ready.check.finding import Finding
-from training_ready.check.run import Report
+from training_ready.check.run import SKIPPED, Report
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "not run": "dim"}
 
@@ -19,6 +19,8 @@ def show(report: Report, console: Console) -> None:
     table = Table("probe", "", "what was found", box=None, pad_edge=False, title_justify="left")
     for outcome in report.outcomes:
         for number, finding in enumerate(outcome.findings):
+            if finding.message.endswith(SKIPPED):  # the verdict names it
+                continue
             style = _STYLES[finding.status]
             table.add_row(
                 "" if number else outcome.probe, f"[{style}]{finding.status}[/{style}]", escape(said(finding))
@@ -33,7 +35,7 @@ def said(finding: Finding) -> str:
     place = f"{finding.where}: " if finding.where else ""
     key = f"`{finding.key}`: " if finding.key else ""
     fix = f". Do: {finding.fix}" if finding.fix else ""
-    return f"{place}{key}{finding.message}{fix}"
+    return f"{place}{key}{finding.message.removesuffix('.')}{fix}"
 
 
 def verdict(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from training_ready.check.context import CheckContext, Missing
@@ -169,16 +170,41 @@ def _engine(
         yield failed(f"TGI cannot be given this template: {error}", key=key)
         return
     try:
-        from minijinja import Environment
+        from minijinja import Environment, TemplateError
     except ImportError:
         yield warned(
             "minijinja is not installed, so the template was not rendered as TGI would",
             fix="pip install minijinja",
         )
         return
-    served = Environment().render_str(
-        exported, messages=[dict(turn) for turn in messages], add_generation_prompt=False
-    )
-    trained = str(tokenizer.apply_chat_template([dict(turn) for turn in messages], tokenize=False))
-    if served != trained:
-        yield failed("TGI's template engine renders another text than training does", key=key)
+    engine: Any = Environment(pycompat=True)  # the router answers Python's own methods too
+    engine.add_function("raise_exception", _refuse)
+    engine.add_function("strftime_now", lambda form: datetime.now().strftime(form))
+    for turns, prompt in _requests(messages):
+        trained = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+        try:
+            served = engine.render_str(exported, messages=turns, add_generation_prompt=prompt, tools=None)
+        except (TemplateError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            yield failed(f"TGI's template engine cannot render this template: {reason}", key=key)
+            return
+        if served != trained:
+            at = next((i for i, (a, b) in enumerate(zip(served, trained, strict=False)) if a != b), -1)
+            yield failed(
+                f"TGI's template engine renders {served[at:][:60]!r} where training has {trained[at:][:60]!r}",
+                key=key,
+            )
+            return
+
+
+def _requests(messages: Sequence[Mapping[str, str]]) -> Iterator[tuple[list[dict[str, str]], bool]]:
+    """What a server is asked to render: a conversation, and one that it is to answer."""
+    for conversation in (EXAMPLE, messages):
+        turns = [dict(turn) for turn in conversation]
+        yield turns, False
+        if len(turns) > 1 and turns[-1]["role"] == "assistant":
+            yield turns[:-1], True
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(reason)

@@ -58,7 +58,7 @@ def probe_time_cost(context: CheckContext) -> list[Finding]:
     speed = length.tokens / length.steps / timing.seconds
     findings = [
         passed(
-            f"{text}, {hours:.2f} h at {timing.seconds:.3g} s per step ({speed:,.0f} tokens per second; "
+            f"{text}, {_duration(hours)} at {timing.seconds:.3g} s per step ({speed:,.0f} tokens per second; "
             f"measured {timing.date} on {timing.machine} in {timing.run}); {money}",
             steps=length.steps,
             tokens=length.tokens,
@@ -71,13 +71,24 @@ def probe_time_cost(context: CheckContext) -> list[Finding]:
     if most is not None and hours > most:
         findings.append(
             warned(
-                f"the run needs {hours:.2f} h, and budget.max_hours stops it after {most:g} h, at step "
+                f"the run needs {_duration(hours)}, and budget.max_hours stops it after {most:g} h, at step "
                 f"{int(length.steps * most / hours):,} of {length.steps:,}",
                 key="budget.max_hours",
                 fix="raise it, or continue later with resume_from_checkpoint: auto",
             )
         )
     return findings
+
+
+def _duration(hours: float) -> str:
+    seconds = hours * 3600
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{seconds / 60:.0f} min"
+        if seconds >= 120
+        else f"{seconds:.0f} s"
+    )
 
 
 def _runs(context: CheckContext) -> Path:

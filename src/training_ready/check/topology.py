@@ -9,6 +9,7 @@ from training_ready.check.checkpointing import checkpointing_on, checkpointing_o
 from training_ready.check.context import CheckContext, Missing
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.check.topology_model import MODEL_RULES
+from training_ready.check.topology_native import is_divided_while_loading, native_parallelism
 
 _FILE = "launch.accelerate_config"
 Rule = Callable[[CheckContext], Iterator[Finding]]
@@ -17,7 +18,7 @@ Rule = Callable[[CheckContext], Iterator[Finding]]
 def probe_topology(context: CheckContext) -> list[Finding]:
     """Processes, sharding, precision and batch; then what the model's own architecture rules out."""
     findings = [finding for rule in RULES for finding in rule(context)]
-    for rule in MODEL_RULES:
+    for rule in (native_parallelism, *MODEL_RULES):
         try:
             findings += rule(context)
         except Missing as missing:
@@ -268,7 +269,7 @@ def _saving(context: CheckContext) -> Iterator[Finding]:
             key=_FILE,
             fix="stage3_gather_16bit_weights_on_model_save: true in the JSON",
         )
-    if recipe.effective("save_only_model"):
+    if recipe.effective("save_only_model") and not is_divided_while_loading(recipe):
         yield failed(
             "a checkpoint without optimizer and scheduler cannot be continued",
             key="save_only_model",

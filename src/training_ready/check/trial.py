@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,7 @@ from pathlib import Path
 
 from training_ready import TrainingReadyError
 from training_ready.check.processes import topology_of
-from training_ready.check.run import PROBES
 from training_ready.recipe.load import load_recipe
-from training_ready.recipe.shipped import shipped_root
 
 
 class TrialError(TrainingReadyError):
@@ -21,33 +20,42 @@ class TrialError(TrainingReadyError):
 def run_trial(path: Path, overrides: Sequence[str], steps: int) -> Path:
     """Train ``steps`` steps into ``<output_dir>-trial-<steps>``, on the topology of the recipe; returns that folder.
 
+    A trial that is there already is not repeated. What it says goes to stderr.
+
     Raises:
-        TrialError: there is no script to start (an installed wheel), or it failed.
+        TrialError: it failed.
     """
     recipe = load_recipe(path, overrides)
     topology = topology_of(recipe)
-    script = shipped_root() / "scripts" / "run_sft.py"
-    if not script.is_file():
-        raise TrialError(f"--trial needs a checkout: there is no {script}")
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}-trial-{steps}")
-    launcher = [sys.executable]
+    launcher = [sys.executable, "-m"]
     if topology.path is not None and topology.processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(topology.path)]
-        launcher += ["--num_processes", str(topology.processes)]
+        launcher += ["accelerate.commands.launch", "--config_file", str(topology.path)]
+        launcher += ["--num_processes", str(topology.processes), "--module"]
     trial = {
         "output_dir": folder,
         "max_steps": steps,
         "warmup_steps": 0,
         "logging_steps": 1,
         "eval_strategy": "no",
-        "save_strategy": "steps",
+        "eval_on_start": False,
+        "save_strategy": "steps",  # a run is finished when it has a checkpoint
         "save_steps": steps,
         "save_total_limit": 1,
+        "load_best_model_at_end": False,
+        "checkpoint.mirror": False,
         "resume_from_checkpoint": "auto",
     }
-    skipped = [word for name in PROBES[1:] for word in ("--skip", name)]
-    command = [*launcher, str(script), *skipped, str(path), *overrides]
+    command = [*launcher, __spec__.name, str(path), *overrides]
     command += [f"{key}={value}" for key, value in trial.items()]
-    if subprocess.run(command).returncode:
+    if subprocess.run(command, stdout=sys.stderr).returncode:  # stdout is the report's
         raise TrialError(f"the trial of {steps} steps failed; what it said stands above")
+    for checkpoint in folder.glob("checkpoint-*"):  # times are all that it was for
+        shutil.rmtree(checkpoint)
     return folder
+
+
+if __name__ == "__main__":  # the process that trains: nothing is checked in it, the report comes afterwards
+    from training_ready.training.main import main
+
+    sys.exit(main(sys.argv[1:]))

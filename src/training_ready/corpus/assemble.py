@@ -87,6 +87,8 @@ class _Tally:
             moved=self.moved,
             crisis_rejected=self.crisis_rejected,
             unused_fields=sorted(self.unused_fields),
+            pii_status=source.pii_status,
+            consent=source.consent,
         )
 
 

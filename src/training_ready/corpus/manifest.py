@@ -10,7 +10,16 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, Field, PrivateAttr, ValidationError, model_validator
 
 from training_ready import TrainingReadyError
-from training_ready.corpus.record import Closed, NonBlank, ObjectDigest, Sha256, Split, Stage, TargetRole
+from training_ready.corpus.record import (
+    Closed,
+    NonBlank,
+    ObjectDigest,
+    PiiStatus,
+    Sha256,
+    Split,
+    Stage,
+    TargetRole,
+)
 from training_ready.storage.objects import ObjectNotFound, ObjectStore
 from training_ready.storage.uri import parse_s3_uri
 
@@ -56,7 +65,8 @@ class SourceCounts(Closed):
     ``crisis_rejected`` counts the rejected rows that speak of a crisis or belong to the stage of crises: somebody
     should look at them (``rejected_rows`` lists where they stand). ``licenses`` counts the kept records under each
     licence; ``moved`` those that left their publisher's split because their group was held out further;
-    ``unused_fields`` are fields of the rows that reached no record.
+    ``unused_fields`` are fields of the rows that reached no record. ``pii_status`` and ``consent`` are what the source
+    declares; None where it says nothing.
     """
 
     name: NonBlank
@@ -69,6 +79,8 @@ class SourceCounts(Closed):
     moved: int = Field(default=0, ge=0)
     crisis_rejected: int = Field(default=0, ge=0)
     unused_fields: list[str] = Field(default_factory=list)
+    pii_status: PiiStatus | None = None
+    consent: NonBlank | None = None
 
     @property
     def license(self) -> str:

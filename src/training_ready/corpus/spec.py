@@ -54,7 +54,8 @@ class Source(_Section):
     over the values given here, except ``target_role``, where a contradiction rejects the row. ``group_by`` columns keep
     rows together in one split: rows that share a value in any of them are one group. ``withhold`` maps a column to a
     regular expression: what it finds there (a person's name, say) must not occur in the record's text.
-    ``may_reject_all`` lets the build go on when no row of the source is kept.
+    ``may_reject_all`` lets the build go on when no row of the source is kept. ``pii_status`` and ``consent`` (what the
+    people in the texts agreed to, in words) are declarations: they go into the manifest and the model card as they are.
     """
 
     name: Name
@@ -70,6 +71,7 @@ class Source(_Section):
     domain: Domain | None = None
     language: NonBlank | None = None
     pii_status: PiiStatus = "requires_review"
+    consent: NonBlank | None = None
     row_fields: list[RowField] = []
     group_by: list[NonBlank] = []
     split_column: NonBlank | None = None

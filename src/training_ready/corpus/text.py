@@ -28,10 +28,9 @@ _ALT_TEXT = re.compile(r"\salt\s*=\s*(?:\"([^\"]*)\"|'([^']*)')", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 
 _LINE_ENDINGS = re.compile("\r\n|[\r\v\f\x85\u2028]")
-_BLANKS = re.compile("[ \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
-# Zero-width space, word joiner, byte-order mark, soft hyphen. U+200C and U+200D stay: Persian and emoji need them.
-_ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff\u00ad]")
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# Control characters, zero-width space, word joiner, byte-order mark, soft hyphen. U+200C and U+200D stay: Persian and
+# emoji need them.
+_DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\u00ad]")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
 
@@ -44,11 +43,13 @@ def normalise_text(text: str) -> str:
     text = _LINE_ENDINGS.sub("\n", text).replace("\u2029", "\n\n")
     if "<" in text:
         text = _without_tags(text)
-    text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
-    text = _LINE_ENDINGS.sub("\n", text).replace("\u2029", "\n\n")
-    text = _CONTROL.sub("", _ZERO_WIDTH.sub("", text))
+    if "&" in text:
+        text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
+        text = _LINE_ENDINGS.sub("\n", text).replace("\u2029", "\n\n")
+    text = _DROPPED.sub("", text)
     text = unicodedata.normalize("NFC", text)
-    lines = (_BLANKS.sub(" ", line).strip() for line in text.split("\n"))
+    # What str.split takes for a blank and is none (line ends, separators) is not in the text any more.
+    lines = (" ".join(line.split()) for line in text.split("\n"))
     return _EMPTY_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 

@@ -72,6 +72,19 @@ class DomainLoadMonitor:
         found = mutual_information(self.counts()).tolist()
         return {routed.layer: value for routed, value in zip(self._layers, found, strict=True)}
 
+    def restore(self, counts: Tensor) -> None:
+        """Count on from earlier :meth:`counts`; to be called on one rank only, or they count once per rank.
+
+        Raises :class:`MoEError` for those of another model or of other domains.
+        """
+        needed = (len(self._layers), len(self.domains), self._experts)
+        if tuple(counts.shape) != needed:
+            raise MoEError(
+                f"domain counts of shape {tuple(counts.shape)} were saved, {needed} are counted here."
+            )
+        for index, (routed, row) in enumerate(zip(self._layers, counts, strict=True)):
+            self._counts[index] = row.reshape(-1).to(next(routed.router.parameters()).device, copy=True)
+
     def close(self) -> None:
         """Take the hooks off; what was counted stays readable."""
         for handle in self._handles:

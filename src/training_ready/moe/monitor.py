@@ -149,6 +149,22 @@ class ExpertLoadMonitor:
             ],
         )
 
+    def state(self, phase: Phase = "train") -> Tensor:
+        """All that was counted over all ranks, (L, E + 2) int64 on the CPU; a collective call. See :meth:`restore`."""
+        return self._summed(phase)
+
+    def restore(self, state: Tensor, phase: Phase = "train") -> None:
+        """Count on from a :meth:`state`; to be called on one rank only, or it counts once per rank.
+
+        Raises :class:`MoEError` for the state of another model.
+        """
+        needed = (len(self._layers), self.family.num_experts + 2)
+        if tuple(state.shape) != needed:
+            raise MoEError(f"a load of shape {tuple(state.shape)} was saved, this model needs {needed}.")
+        for index, (routed, row) in enumerate(zip(self._layers, state, strict=True)):
+            device = next(routed.router.parameters()).device
+            self._tallies[phase, index] = _Tally(experts=row[:-2].to(device), tokens=row[-2:].to(device))
+
     def reset(self, phase: Phase | None = None) -> None:
         """Start again from zero, in one phase or in both."""
         for key in [key for key in self._tallies if phase in (None, key[0])]:

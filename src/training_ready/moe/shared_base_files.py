@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training_ready.moe.dense_identity import BaseIdentity
 from training_ready.moe.families import MoEError, RoutedLayer, model_config, moe_family, routed_layers
 from training_ready.moe.shared_base import build_shared_base, set_router_rows, shared_base_adapters
 from training_ready.moe.upcycle_experts import LowRankExperts, moe_tensors
@@ -41,9 +42,19 @@ class SharedBaseSettings:
     alpha: float
     materialised: list[str] = field(default_factory=list)
     """Experts whose weights are a checkpoint of their own, which adapters cannot stand for."""
+    base_revision: str | None = None
+    base_dtype: str | None = None
+    base_sha256: str | None = None
+    """What ``base`` was in a training run (``dense_identity``); None where nothing was trained over it yet."""
 
 
-def save_shared_base(model: nn.Module, folder: Path, *, experts: Sequence[str] | None = None) -> None:
+def save_shared_base(
+    model: nn.Module,
+    folder: Path,
+    *,
+    experts: Sequence[str] | None = None,
+    base: BaseIdentity | None = None,
+) -> None:
     """Write adapters and routers into ``folder``, each file whole or not at all. ``experts``: their names."""
     tensors = {
         f"layers.{layer}.{name}.{factor}": getattr(adapter, factor)
@@ -58,7 +69,14 @@ def save_shared_base(model: nn.Module, folder: Path, *, experts: Sequence[str] |
     if len(names) != adapter.A.shape[0] or family is None:
         raise MoEError(f"{len(names)} names for {adapter.A.shape[0]} experts: {', '.join(names)}.")
     settings = SharedBaseSettings(
-        base=config._name_or_path, experts=names, top_k=family.top_k, rank=adapter.rank, alpha=adapter.alpha
+        base=base.name if base else config._name_or_path,
+        experts=names,
+        top_k=family.top_k,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        base_revision=base.revision if base else None,
+        base_dtype=base.dtype if base else None,
+        base_sha256=base.sha256 if base else None,
     )
     write_shared_base(settings, tensors, folder)
 
@@ -109,7 +127,17 @@ def load_shared_base(
         dropout=dropout,
         dtype=dtype,
     )
-    layers = range(model.config.num_hidden_layers)
+    fill_shared_base(model, tensors, folder)
+    return model
+
+
+@torch.no_grad()
+def fill_shared_base(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors that ``folder`` held into adapters and routers, each in the type that it has there.
+
+    Raises :class:`MoEError` when one is missing, left over or of another shape.
+    """
+    layers = [routed.layer for routed in routed_layers(model)]
     set_router_rows(
         model, torch.stack([_take(tensors, f"layers.{layer}.router", folder) for layer in layers])
     )
@@ -122,11 +150,9 @@ def load_shared_base(
                     f"{folder / WEIGHTS}: layers.{layer}.{name}.{factor} has shape {tuple(saved.shape)}, this "
                     f"model needs {tuple(parameter.shape)}."
                 )
-            with torch.no_grad():
-                parameter.copy_(saved)
+            parameter.copy_(saved)
     if tensors:
         raise MoEError(f"{folder / WEIGHTS}: this model has no place for {', '.join(sorted(tensors)[:3])}.")
-    return model
 
 
 def export_shared_base(model: nn.Module, folder: Path, *, shard_bytes: int = 4 * GIGABYTE) -> int:

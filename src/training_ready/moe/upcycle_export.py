@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from training_ready.moe.dense_identity import fingerprint
 from training_ready.moe.families import MoEError
 from training_ready.moe.shared_base_files import WEIGHTS, SharedBaseSettings, read_shared_base
 from training_ready.moe.upcycle_experts import BranchExperts, LowRankExperts, moe_tensors
 from training_ready.moe.upcycle_shards import GIGABYTE, ShardedTensors, write_checkpoint
-from training_ready.moe.upcycle_target import PROJECTIONS, check_names, target_config, target_of
+from training_ready.moe.upcycle_target import (
+    PROJECTIONS,
+    check_names,
+    expected_names,
+    target_config,
+    target_of,
+)
 
 COPIED = (
     "tokenizer*",
@@ -34,11 +42,15 @@ def export_upcycled(
     *,
     checkpoints: Mapping[int, ShardedTensors] | None = None,
     shard_bytes: int = 4 * GIGABYTE,
+    copied: Sequence[str] = COPIED,
 ) -> int:
     """Write the plain checkpoint of adapters and routers in ``state`` over a dense ``base``, shard by shard.
 
-    ``state``: the mix stage, or what joint training saved. Returns the bytes of the weights. The dense model
-    is never in memory. Raises :class:`MoEError` when the folder is not empty or the two do not fit.
+    ``state``: the mix stage, or what joint training saved. ``copied``: patterns of the base's files that go
+    along. Returns the bytes of the weights. The dense model is never in memory.
+
+    Raises :class:`MoEError` when the folder is not empty, the two do not fit, or this base is not the one that
+    ``state`` was trained over.
     """
     if folder.exists() and any(folder.iterdir()):
         raise MoEError(f"{folder} is not empty: choose another folder for the exported model.")
@@ -59,13 +71,16 @@ def export_upcycled(
     low_rank = LowRankExperts(
         experts=len(settings.experts), scaling=settings.alpha / settings.rank, factors=factors
     )
-    folder.mkdir(parents=True, exist_ok=True)
     source = ShardedTensors(base)
     check_names(config, source.names, str(base))
+    get = _as_trained(source, config, settings, state)
+    if settings.base_dtype is not None:
+        target.dtype = getattr(torch, settings.base_dtype)
+    folder.mkdir(parents=True, exist_ok=True)
     written = write_checkpoint(
         moe_tensors(
             source.names,
-            source.get,
+            get,
             config=config,
             target=target_of(config),
             experts=BranchExperts(low_rank=low_rank, checkpoints=checkpoints or {}),
@@ -74,11 +89,27 @@ def export_upcycled(
         folder,
         shard_bytes=shard_bytes,
     )
-    for pattern in COPIED:
+    for pattern in copied:
         for path in base.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     target.save_pretrained(folder)
     return written
+
+
+def _as_trained(
+    source: ShardedTensors, config: Any, settings: SharedBaseSettings, state: Path
+) -> Callable[[str], Tensor]:
+    """Reads the base's tensors in the type that they had in training, once all are known to be the same."""
+    if settings.base_sha256 is None or settings.base_dtype is None:
+        return source.get
+    dtype: torch.dtype = getattr(torch, settings.base_dtype)
+    found = fingerprint(expected_names(config), source.get, dtype=dtype)
+    if found != settings.base_sha256:
+        raise MoEError(
+            f"{state} was trained over {settings.base} with weights of sha256 {settings.base_sha256[:12]}, those in "
+            f"{source.folder} have {found[:12]}: another base would make a model that nobody trained."
+        )
+    return lambda name: source.get(name).to(dtype)
 
 
 def _check_state(tensors: dict[str, Tensor], config: Any, settings: SharedBaseSettings, state: Path) -> None:

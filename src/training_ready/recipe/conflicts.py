@@ -301,4 +301,6 @@ RULES: tuple[Rule, ...] = (
     moe_conflicts.balance,
     moe_conflicts.watch,
     moe_conflicts.adapters,
+    moe_conflicts.shared_base,
+    moe_conflicts.experts_4bit,
 )

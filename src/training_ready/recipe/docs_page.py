@@ -70,7 +70,9 @@ training-ready recipe migrate old.yaml --corpus final_dataset/therapeutic/manife
 
 translates recipes of alignment-handbook, open-r1 and older TRL, lists every change with its meaning, and refuses what
 it cannot keep exactly; `--drop KEY` leaves a key out on purpose. Datasets are not translated: a built corpus takes
-their place, and the list of changes says what it has to hold.
+their place, and the list of changes says what it has to hold. `push_to_hub` and `hub_model_id` become
+`release.repo_id`, where `training-ready release publish` pushes to after the run. Without `assistant_only_loss: true`
+TRL learned every token; here only the turns of `data.target_role` are learned, and the list says so.
 """
 
 

@@ -8,8 +8,6 @@ RENAMED: Mapping[str, str] = {
     "torch_dtype": "dtype",
     "max_seq_length": "max_length",
     "evaluation_strategy": "eval_strategy",
-    "hub_model_revision": "hub_revision",
-    "preprocessing_num_workers": "dataset_num_proc",
     "no_cuda": "use_cpu",
     "use_liger": "use_liger_kernel",
     "gradient_checkpointing": "activation_checkpointing",
@@ -23,7 +21,13 @@ RENAMED: Mapping[str, str] = {
 }
 """Old key -> the key that holds the same value with the same meaning."""
 
-MEANS_NOTHING: Mapping[str, tuple[frozenset[str], str]] = {
+_ONLY_SPEED = "it was about speed: the stream tokenises once, keeps the tokens in the bucket and reads ahead"
+_WHOSE = "whose turns are learned is `data.target_role`: the assistant's unless you say otherwise"
+_TO_MAIN = "a release is pushed to `main`"
+
+# Removals and old defaults: MIGRATION_GUIDE_V5.md of transformers, the model cards that transformers 4 wrote (they list
+# every argument), and the argument classes of alignment-handbook and open-r1.
+MEANS_NOTHING: Mapping[str, tuple[frozenset[str] | None, str]] = {
     "overwrite_output_dir": (
         frozenset({"true", "false"}),
         "no run is overwritten any more: it resumes or refuses",
@@ -40,16 +44,54 @@ MEANS_NOTHING: Mapping[str, tuple[frozenset[str], str]] = {
     "group_by_length": (frozenset({"false"}), "is `train_sampling_strategy: random`, the default"),
     "use_flash_attention_2": (frozenset({"false"}), "`attn_implementation` chooses the attention"),
     "auto_insert_empty_system_msg": (frozenset({"false"}), "off, as here"),
+    "preprocessing_num_workers": (None, _ONLY_SPEED),
+    "hub_model_revision": (frozenset({"main"}), _TO_MAIN),
     "max_prompt_length": (frozenset(), ""),
     "tokenizer_name_or_path": (frozenset(), ""),
     "system_prompt": (frozenset(), ""),
     "benchmarks": (frozenset(), ""),
     "callbacks": (frozenset(), ""),
 }
-"""Old key -> the values that may go without any loss (null and empty lists always may), and why."""
+"""Old key -> the values that may go without any loss (None: all; null and empty lists always may), and why."""
+
+NOT_READ: Mapping[str, tuple[frozenset[str] | None, str]] = {
+    "dataset_num_proc": (None, _ONLY_SPEED),
+    "dataloader_num_workers": (None, _ONLY_SPEED),
+    "dataloader_prefetch_factor": (None, _ONLY_SPEED),
+    "dataloader_persistent_workers": (None, _ONLY_SPEED),
+    "dataloader_drop_last": (frozenset({"false"}), "the stream makes its own batches, all of them full"),
+    "assistant_only_loss": (None, _WHOSE),
+    "completion_only_loss": (None, _WHOSE),
+    "packing_strategy": (
+        frozenset({"bfd"}),
+        "packs are filled best-fit-decreasing here; `stream.overlong` says what happens to long conversations",
+    ),
+    "padding_free": (frozenset({"false"}), "`packing: true` trains without padding"),
+    "eval_packing": (frozenset(), "evaluation packs as training does (`packing`)"),
+    "shuffle_dataset": (frozenset({"true"}), "the stream shuffles by `data_seed` (or `seed`)"),
+    "train_sampling_strategy": (
+        frozenset({"random"}),
+        "the stream shuffles by `data_seed` (or `seed`); `packing: true` leaves nothing to group by length",
+    ),
+    "truncation_mode": (frozenset({"keep_start"}), "is `stream.overlong: truncate`, the default"),
+    "auto_find_batch_size": (frozenset({"false"}), "the order of the packs depends on the batch size"),
+    "enable_jit_checkpoint": (None, "SIGTERM always ends a run with a checkpoint here"),
+    "hub_always_push": (None, "nothing is pushed while the run trains"),
+    "hub_strategy": (
+        frozenset({"end", "every_save"}),
+        "the release is pushed once, after the run; `checkpoint.mirror: true` keeps checkpoints in a bucket",
+    ),
+    "hub_private_repo": (
+        frozenset({"true"}),
+        "a repository that a push creates is private unless told otherwise",
+    ),
+    "hub_revision": (frozenset({"main"}), _TO_MAIN),
+}
+"""TRL keys that this trainer does not read -> the values that say what it does anyway (None: all), and why."""
 
 REFUSED: Mapping[str, str] = {
-    "group_by_length": "set `train_sampling_strategy: group_by_length` by hand; packs are all of one length anyway",
+    "group_by_length": NOT_READ["train_sampling_strategy"][1],
+    "hub_model_revision": _TO_MAIN,
     "save_safetensors": "weights are saved as safetensors only",
     "max_prompt_length": "belongs to preference training; SFT cuts whole conversations at `max_length`",
     "tokenizer_name_or_path": "the tokenizer comes with the model; save both in one folder and name that",
@@ -58,8 +100,7 @@ REFUSED: Mapping[str, str] = {
     "benchmarks": "no benchmark is run at the end of training here; run them on the release",
     "callbacks": "callbacks are not named in a recipe; a push is made by `training-ready release`",
     "vllm_device": "belongs to reinforcement learning; this project trains SFT",
-    "packing_strategy": "`ffd` arranged packs in another way than `bfd`; drop it to take the default",
-    "dataset_kwargs": "only `skip_prepare_dataset` is left of it; special tokens come from the chat template",
+    "dataset_kwargs": "the stream prepares the data; special tokens come from the chat template alone",
 }
 """Old key -> why it cannot be carried over by a machine."""
 
@@ -94,13 +135,12 @@ OTHER_METHODS: Mapping[str, str] = {
 _PHRASES = {
     "warmup_ratio": "it is now `warmup_steps` with a value below 1 (a share of the run)",
     "chat_template": "it is now `chat_template_path`, a Jinja file or a tokenizer",
-    "group_by_length": "it is now `train_sampling_strategy: group_by_length`",
     "use_flash_attention_2": "it is now `attn_implementation: flash_attention_2`",
 }
 
 GONE: Mapping[str, str] = {
     **{key: f"it {reason}" for key, (_, reason) in MEANS_NOTHING.items() if reason},
-    **{key: reason for key, reason in REFUSED.items() if key not in ("packing_strategy", "dataset_kwargs")},
+    **{key: reason for key, reason in REFUSED.items() if key != "dataset_kwargs"},
     **{key: f"it is now `{new}`" for key, new in RENAMED.items() if not key.startswith("gradient_")},
     **dict.fromkeys(DATA_KEYS, "a built corpus, `data.corpus`, replaces it"),
     **{key: f"it belongs to {method}; this project trains SFT" for key, method in OTHER_METHODS.items()},

@@ -76,24 +76,55 @@ def _becomes(key: str, when: str, new: str, value: str) -> Rule:
     return rule
 
 
-def _packing_strategy(work: Translation, node: Node, tree: Tree) -> bool:
-    if isinstance(node, Scalar) and node.text == "bfd-requeue":
-        work.put_text("packing_strategy", "bfd_split", node.origin)
-        work.note(
-            node, "packing_strategy: bfd-requeue", "packing_strategy: bfd_split", "renamed, same meaning"
-        )
-        return True
-    if isinstance(node, Scalar) and node.text == "ffd":
-        return False
-    work.put("packing_strategy", node)
-    return True
+_PREPARED_HERE = {
+    "skip_prepare_dataset": "true",
+    "add_special_tokens": "false",
+    "append_concat_token": "false",
+}
 
 
 def _dataset_kwargs(work: Translation, node: Node, tree: Tree) -> bool:
-    if isinstance(node, Tree) and set(node.entries) - {"skip_prepare_dataset"}:
+    """Says what happens here anyway: the data come prepared, and the template alone writes special tokens."""
+    given = node.entries if isinstance(node, Tree) else {}
+    said = {key: child.text.lower() for key, child in given.items() if isinstance(child, Scalar)}
+    if not given or any(_PREPARED_HERE.get(key) != said.get(key) for key in given):
         return False
-    work.put("dataset_kwargs", node)
+    work.note(node, "dataset_kwargs", "", "the stream does so anyway")
     return True
+
+
+def _push_to_hub(work: Translation, node: Node, tree: Tree) -> bool:
+    """TRL pushed while it trained; a release is pushed after the run, to the same repository."""
+    if not isinstance(node, Scalar) or node.text.lower() != "true":
+        work.note(node, "push_to_hub", "", "nothing is pushed unless `training-ready release publish` is run")
+        return True
+    named = tree.entries.get("hub_model_id") or tree.entries.get("output_dir")
+    if not isinstance(named, Scalar) or named.is_null:
+        work.refuse(
+            node, "push_to_hub", "it pushed to a repository called like `output_dir`, which is not set"
+        )
+        return True
+    work.put_text("release.repo_id", _repository(tree), named.origin)
+    after = (
+        "after the run, by `training-ready release publish`, private if new; fill in `release` for the card"
+    )
+    work.note(node, "push_to_hub", "release.repo_id", after)
+    return True
+
+
+def _hub_model_id(work: Translation, node: Node, tree: Tree) -> bool:
+    if isinstance(node, Scalar) and not node.is_null:
+        work.put_text("release.repo_id", node.text, node.origin)
+        work.note(node, "hub_model_id", "release.repo_id", "the repository that a release is pushed to")
+    return True
+
+
+def _repository(tree: Tree) -> str:
+    """``hub_model_id``, or as transformers has it the last part of ``output_dir``."""
+    named, folder = tree.entries.get("hub_model_id"), tree.entries.get("output_dir")
+    if isinstance(named, Scalar) and not named.is_null:
+        return named.text
+    return folder.text.rstrip("/").rpartition("/")[2] if isinstance(folder, Scalar) else ""
 
 
 def _torch_dtype(work: Translation, node: Node, tree: Tree) -> bool:
@@ -109,11 +140,11 @@ SPECIAL: Mapping[str, Rule] = {
     "warmup_steps": _warmup_steps,
     "chat_template": _chat_template,
     "torch_dtype": _torch_dtype,
-    "group_by_length": _becomes("group_by_length", "true", "train_sampling_strategy", "group_by_length"),
     "use_flash_attention_2": _becomes(
         "use_flash_attention_2", "true", "attn_implementation", "flash_attention_2"
     ),
     "loss_type": _becomes("loss_type", "chunked_nll", "loss_type", "nll"),
-    "packing_strategy": _packing_strategy,
     "dataset_kwargs": _dataset_kwargs,
+    "push_to_hub": _push_to_hub,
+    "hub_model_id": _hub_model_id,
 }

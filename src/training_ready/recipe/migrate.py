@@ -13,7 +13,15 @@ from pathlib import Path
 from training_ready import TrainingReadyError
 from training_ready.recipe.confidential import without_secrets
 from training_ready.recipe.faults import Fault, Origin, RecipeError
-from training_ready.recipe.legacy import DATA_KEYS, MEANS_NOTHING, OTHER_METHODS, REFUSED, RENAMED, family_of
+from training_ready.recipe.legacy import (
+    DATA_KEYS,
+    MEANS_NOTHING,
+    NOT_READ,
+    OTHER_METHODS,
+    REFUSED,
+    RENAMED,
+    family_of,
+)
 from training_ready.recipe.legacy_rules import SPECIAL
 from training_ready.recipe.load import recipe_from_tree
 from training_ready.recipe.recipe import Recipe
@@ -86,6 +94,7 @@ def migrate(path: Path, *, corpus: str | None, output: Path, drop: Collection[st
     if corpus is not None and "data" not in work.new.entries:
         work.put_text("data.corpus", corpus, tree.origin)
     work.evaluation(tree)
+    work.whose_turns(tree)
     recipe = recipe_from_tree(path, work.new, work.faults, advice=_ADVICE)
     return Migration(
         recipe=recipe,
@@ -144,6 +153,8 @@ class Translation:
             self.data(key, node)
         elif key in MEANS_NOTHING and _is_harmless(node, MEANS_NOTHING[key][0]):
             self.note(node, key, "", MEANS_NOTHING[key][1] or "set to nothing")
+        elif key in NOT_READ:
+            self.unread(key, node)
         elif key in REFUSED:
             self.refuse(node, key, REFUSED[key])
         elif key in trl_keys() or key in SECTIONS or key == "env":
@@ -158,6 +169,13 @@ class Translation:
             return
         self.put(new, node)
         self.note(node, old, new, _RENAME_MEANING.get(old, "renamed, same meaning"))
+
+    def unread(self, key: str, node: Node) -> None:
+        values, why = NOT_READ[key]
+        if _is_harmless(node, values):
+            self.note(node, key, "", why)
+        else:
+            self.refuse(node, key, why)
 
     def data(self, key: str, node: Node) -> None:
         what = DATA_KEYS[key]
@@ -208,15 +226,29 @@ class Translation:
                 node, asked[0], "data.eval_split: val", "the split of a built corpus that is never learned"
             )
 
+    def whose_turns(self, tree: Mapping) -> None:
+        """TRL learned every token of a conversation unless it was told otherwise; here a role is always named."""
+        if self.corpus is None:
+            return
+        said = tree.entries.get("assistant_only_loss")
+        origin = tree.origin if said is None else said.origin
+        self.put_text("data.target_role", "assistant", origin)
+        if not _is_on(said):
+            meaning = (
+                "without `assistant_only_loss: true` every token was learned; here only the turns of one role"
+            )
+            self.note(said or tree, "(every token learned)", "data.target_role: assistant", meaning)
+
 
 _RENAME_MEANING = {
     "torch_dtype": "renamed; TRL's default is float32, so it must not get lost",
     "max_seq_length": "renamed; TRL's default is 1,024",
-    "hub_model_revision": "the branch that is pushed to",
 }
 
 
-def _is_harmless(node: Node, values: frozenset[str]) -> bool:
+def _is_harmless(node: Node, values: frozenset[str] | None) -> bool:
+    if values is None:
+        return True
     if isinstance(node, Scalar):
         return node.is_null or node.text.lower() in values
     return not (node.entries if isinstance(node, Mapping) else node.items)

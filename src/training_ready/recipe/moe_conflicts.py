@@ -56,3 +56,68 @@ def adapters(s: Settings) -> Iterator[tuple[str, str]]:
                 key,
                 "scales adapters in a way that `moe.adapters` does not; one adapter file knows only one way",
             )
+
+
+def shared_base(s: Settings) -> Iterator[tuple[str, str]]:
+    chosen = s.get("moe.shared_base")
+    if chosen is None:
+        return
+    if chosen.top_k > chosen.experts:
+        yield (
+            "moe.shared_base.top_k",
+            f"each token chooses {chosen.top_k} of {chosen.experts} experts (moe.shared_base.experts)",
+        )
+    if s.get("model.config") is not None:
+        yield (
+            "moe.shared_base",
+            "learns differences from a trained model; `model.config` starts from random weights, which would stay "
+            "frozen",
+        )
+    for key, why in (
+        ("moe.adapters", "adapts experts that exist; those of `moe.shared_base` are adapters already"),
+        (
+            "moe.experts_4bit",
+            "quantizes experts that exist; those of `moe.shared_base` share the dense weights",
+        ),
+        ("use_peft", "puts adapters into the shared layers, which the release does not merge yet"),
+        ("load_in_4bit", "quantizes the base, and the released experts are exact sums over its weights"),
+        ("load_in_8bit", "quantizes the base, and the released experts are exact sums over its weights"),
+    ):
+        if s.get(key):
+            yield key, f"{why}; leave it out"
+    yield from _whole(s, "moe.shared_base", "is built over a dense model that lies whole in each process")
+
+
+def experts_4bit(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.get("moe.experts_4bit") is None:
+        return
+    if s.get("model.config") is not None:
+        yield "moe.experts_4bit", "quantizes trained experts; `model.config` starts from random ones"
+    if s.get("moe.adapters") is None and not s.get("use_peft"):
+        yield (
+            "moe.experts_4bit",
+            "freezes the experts, and a quantized model cannot be saved whole: set `moe.adapters`, `use_peft: true`, "
+            "or both",
+        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if s.get(key):
+            yield (
+                key,
+                "puts the model on the GPU while it loads, before `moe.experts_4bit` has made the experts small, and "
+                "leaves the experts as they are; take one of the two",
+            )
+    if s.get("lora_target_parameters"):
+        yield (
+            "lora_target_parameters",
+            "adapts parameters through PEFT, and NF4 experts are none; use `moe.adapters`",
+        )
+    yield from _whole(s, "moe.experts_4bit", "keeps codes that are not sharded, whole in each process")
+
+
+def _whole(s: Settings, key: str, what: str) -> Iterator[tuple[str, str]]:
+    given = s.get("model_init_kwargs")
+    if isinstance(given, dict) and given.get("distributed_config"):
+        yield (
+            key,
+            f"{what}, and `model_init_kwargs.distributed_config` shards it while loading; leave one out",
+        )

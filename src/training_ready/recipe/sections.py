@@ -108,6 +108,12 @@ class StreamSection(Section):
         description="Stretches of an epoch that are read side by side; ranks share them out. It must divide the "
         "global batch; null: the largest divisor up to 16.",
     )
+    tokenise_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Processes in which each rank tokenises what no run has tokenised before; null: the machine's "
+        "cores, shared by its ranks. Small corpora are done in the rank itself.",
+    )
     resume_allow: list[
         Literal[
             "manifests",
@@ -161,6 +167,26 @@ class ExpertAdaptersSection(Section):
     )
 
 
+class SharedBaseSection(Section):
+    """Experts over one dense base, which stays frozen: a low-rank difference per expert and the routers train."""
+
+    experts: int = Field(ge=2, description="Experts of every layer.")
+    top_k: int = Field(
+        2,
+        ge=2,
+        description="Experts that compute each token; one alone would leave its router without gradient.",
+    )
+    rank: int = Field(ge=1, description="Rank of each expert's difference from the base.")
+    alpha: float = Field(gt=0, description="Scale of the differences, divided by the rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the differences' inputs while training.")
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder `4-mix` of `training-ready moe upcycle`: branches and router rows to start from. null: no "
+        "difference, random routers.",
+    )
+
+
 class MoeSection(Section):
     """Mixture of experts; no effect on a dense model, unless said otherwise."""
 
@@ -206,6 +232,16 @@ class MoeSection(Section):
     )
     adapters: ExpertAdaptersSection | None = Field(
         None, description="Adapters on the experts; refused for a dense model. null: none."
+    )
+    shared_base: SharedBaseSection | None = Field(
+        None,
+        description="Make a dense model a mixture of experts that share its weights; released as a plain Mixtral or "
+        "Qwen3-MoE. null: the model as it is.",
+    )
+    experts_4bit: Literal["nf4", "nf4_double"] | None = Field(
+        None,
+        description="Hold the frozen experts in NF4 (4.5 bits per weight; double: 4.13) while adapters train. null: as "
+        "loaded.",
     )
 
 

@@ -8,6 +8,7 @@ from training_ready.release.card import ReleaseWords, require_words, write_card
 from training_ready.release.contents import ReleaseFile, release_files
 from training_ready.release.export import end_of_turn_ids, load_checkpoint, write_release
 from training_ready.release.facts import CardError, RunFacts, load_facts
+from training_ready.release.shared_base import is_shared_base, write_shared_base_release
 
 
 def build_release(
@@ -23,9 +24,12 @@ def build_release(
     require_words(words)
     facts = load_facts(run_folder)
     checkpoint = find_checkpoint(facts, run_folder)
-    model, tokenizer = load_checkpoint(checkpoint, base_revision=facts.model.base_revision)
-    ends = end_of_turn_ids(tokenizer, facts.data.target_role)
-    write_release(model, tokenizer, folder, end_of_turn_ids=ends)
+    if is_shared_base(checkpoint):
+        write_shared_base_release(checkpoint, folder, target_role=facts.data.target_role)
+    else:
+        model, tokenizer = load_checkpoint(checkpoint, base_revision=facts.model.base_revision)
+        ends = end_of_turn_ids(tokenizer, facts.data.target_role)
+        write_release(model, tokenizer, folder, end_of_turn_ids=ends)
     write_card(facts, words, run_folder, folder, title=title or facts.run)
     return release_files(folder)
 

@@ -15,8 +15,13 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Protocol
 
-from training_ready.release.contents import ReleaseFile, hash_file
+from training_ready.release.contents import EXPORT, ReleaseFile, hash_file, target_of
+from training_ready.release.evaluations import write_evaluations
 from training_ready.release.facts import CardError, RunFacts
+from training_ready.release.record import ReleaseRecord, Words, write_record
+from training_ready.release.served_by import Row, check_verified, read_reports, served_by
+
+CARD = "README.md"
 
 _ROLES = {"assistant": "the therapist", "user": "the client"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -48,10 +53,11 @@ class ReleaseWords(Protocol):
 def write_card(
     facts: RunFacts, words: ReleaseWords, run_folder: Path, release_folder: Path, *, title: str
 ) -> Path:
-    """Copy the run's pictures into the release folder and write README.md beside the weights.
+    """Copy the run's pictures into the release folder and write release.json and README.md beside the weights.
 
     Raises CardError when a picture, the chat template or a required text is missing; README.md is then not written.
     """
+    require_words(words)
     for picture in facts.pictures:
         source = run_folder / picture
         if Path(picture).name != picture or not source.is_file():
@@ -60,22 +66,59 @@ def write_card(
     generation = json.loads((release_folder / "generation_config.json").read_bytes())
     tokenizer = json.loads((release_folder / "tokenizer.json").read_bytes())
     names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
-    others = [
-        path for path in sorted(release_folder.iterdir()) if path.is_file() and path.name != "README.md"
-    ]
-    text = render_card(
-        facts,
-        words,
+    record = ReleaseRecord(
         title=title,
+        facts=facts,
+        words=Words.model_validate(words),
         chat_template=(release_folder / "chat_template.jinja").read_text(encoding="utf-8"),
         end_of_turn={token: names.get(token, "") for token in generation["eos_token_id"]},
-        files=[hash_file(path, release_folder) for path in others],
+        special_tokens=_special_tokens(release_folder),
     )
-    card = release_folder / "README.md"
-    temporary = card.with_name(".README.md.tmp")
+    write_record(release_folder, record)
+    write_evaluations(release_folder, facts)
+    refresh_card(release_folder, record)
+    return release_folder / CARD
+
+
+def refresh_card(
+    folder: Path, record: ReleaseRecord, hashed: Sequence[ReleaseFile] | None = None
+) -> ReleaseFile:
+    """Write README.md of a release or an export from its record, its files and what `release verify` found.
+
+    `hashed` are the files of the folder, where the caller has hashed them already. Returns the card as a file.
+
+    Raises CardError for a missing picture or text, ContentsError for an export that was not verified.
+    """
+    require_words(record.words)
+    missing = [picture for picture in record.facts.pictures if not (folder / picture).is_file()]
+    if missing:
+        raise CardError(f"pictures: {', '.join(missing)} of the run are not in {folder}")
+    if hashed is None:
+        hashed = [hash_file(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [file for file in hashed if file.path != CARD]
+    hashes = {file.path: file.sha256 for file in files}
+    reports = read_reports(folder)
+    target = target_of(folder)
+    if (folder / EXPORT).is_file():
+        check_verified(folder, target, reports.get(target), hashes)
+        about: Mapping[str, str] = json.loads((folder / EXPORT).read_bytes())["release"]
+    else:
+        about = hashes
+    text = render_card(
+        record.facts,
+        record.words,
+        title=record.title,
+        chat_template=record.chat_template,
+        end_of_turn=record.end_of_turn,
+        special_tokens=record.special_tokens,
+        files=files,
+        engines=served_by(reports, about),
+    )
+    temporary = folder / f".{CARD}.tmp"
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, card)
-    return card
+    temporary.chmod(0o644)
+    os.replace(temporary, folder / CARD)
+    return hash_file(folder / CARD, folder)
 
 
 def render_card(
@@ -85,14 +128,18 @@ def render_card(
     title: str,
     chat_template: str,
     end_of_turn: Mapping[int, str],
+    special_tokens: Mapping[str, str],
     files: Sequence[ReleaseFile] = (),
+    engines: Sequence[Row] = (),
 ) -> str:
     """The text of README.md: Hub metadata, then sections from the facts.
 
     Args:
         title: the model's name, without its owner.
         end_of_turn: {token id: token} that end an answer.
+        special_tokens: {the tokenizer's name for it: token}.
         files: what is released beside the card.
+        engines: what is known about each engine that may serve it.
 
     Raises CardError when a required text is missing, or when the card would quote a secret.
     """
@@ -126,9 +173,11 @@ def render_card(
             f"`{token}` (id {number})" if token else f"id {number}" for number, token in end_of_turn.items()
         ),
         chat_template=chat_template,
+        special_tokens=special_tokens,
         experts=max((len(layer.load) for layer in facts.moe.layers), default=0) if facts.moe else 0,
         hardware=_hardware(facts),
         files=files,
+        engines=engines or served_by({}, {}),
     )
     _refuse_secrets(text)
     return text
@@ -145,6 +194,17 @@ def require_words(words: ReleaseWords) -> None:
         raise CardError(
             f"the recipe does not say {', '.join(missing)}: a model is not released without. Add it under `release:`."
         )
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """The named special tokens of tokenizer_config.json; a token may be written as text or with its flags."""
+    settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    found = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+    return {
+        f"{name}_token": str(token["content"] if isinstance(token, dict) else token)
+        for name, token in found.items()
+        if token
+    }
 
 
 def _metadata(facts: RunFacts, words: ReleaseWords) -> str:

@@ -1,4 +1,4 @@
-"""The front door's commands of this room: `hub serve`, `hub check`, `release build`, `release publish`."""
+"""The front door's commands of a release: `release build`, `release publish`. The hub's: :mod:`.hub_commands`."""
 
 from __future__ import annotations
 
@@ -10,84 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_ready.release.hub_commands import HUB_TOKEN, OnlyWriter
+
 if TYPE_CHECKING:
     from training_ready.release.publish import Progress
-
-HUB_TOKEN = "TRAINING_READY_HUB_TOKEN"  # noqa: S105  (the variable's name)
-
-
-def hub_serve(
-    root: Annotated[Path, typer.Option(help="Folder that holds the models; created when missing.")],
-    host: Annotated[
-        str, typer.Option(help=f"Address to listen on; beyond loopback needs {HUB_TOKEN}.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
-    ] = 9800,
-) -> None:
-    """Serve a folder as a Hugging Face Hub, for laptops and machines without the internet.
-
-    With TRAINING_READY_HUB_TOKEN set, every request must carry it as a token. Prints the variables that make
-    huggingface_hub, transformers and the other commands use it, then runs until Ctrl-C.
-
-    Example: training-ready hub serve --root ./hub
-    """
-    import signal
-    import threading
-
-    from rich.console import Console
-
-    from training_ready.release.hub_blobs import HubError
-    from training_ready.release.hub_server import EmbeddedHub, is_loopback
-
-    token = os.environ.get(HUB_TOKEN) or None
-    if token is None and not is_loopback(host):
-        raise HubError(
-            f"{host} can be reached by others: set {HUB_TOKEN} to a secret, or listen on 127.0.0.1"
-        )
-    with EmbeddedHub(root, port, host=host, token=token) as hub:
-        print(f"export HF_ENDPOINT={hub.endpoint_url}\nexport HF_HUB_DISABLE_XET=1", flush=True)
-        told = Console(stderr=True)
-        told.print(f"Serving {root} at {hub.endpoint_url}; Ctrl-C stops it.", markup=False, highlight=False)
-        if token:
-            told.print(f"Clients need HF_TOKEN set to the value of {HUB_TOKEN}.", markup=False)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            told.print("Stopped.")
-
-
-def hub_check(
-    root: Annotated[
-        Path, typer.Option(help="Folder of a hub that is not running.", exists=True, file_okay=False)
-    ],
-    delete_unreferenced: Annotated[
-        bool, typer.Option(help="Also delete contents that no commit of any model mentions.")
-    ] = False,
-) -> None:
-    """Re-read every stored content and compare it with its sha256. Damaged ones are set aside in damaged/.
-
-    A damaged content is missing afterwards, so publishing its model again uploads it again.
-
-    Example: training-ready hub check --root ./hub
-    """
-    from training_ready.release.hub_blobs import HubError
-    from training_ready.release.hub_store import HubStore
-
-    with HubStore(root) as store:
-        damaged = [path.name for path in store.blobs.damaged()]
-        users = store.users_of(damaged)
-        aside = [store.blobs.set_aside(sha256) for sha256 in damaged]
-        models = len(store.repo_ids())
-        freed = store.delete_unreferenced() if delete_unreferenced else None
-    if freed is not None:
-        typer.echo(f"deleted {freed} bytes that no commit mentions")
-    if damaged:
-        lines = [f"{path}: {', '.join(users[path.name]) or 'no commit uses it'}" for path in aside]
-        listing = "\n  ".join(lines)
-        raise HubError(f"{len(damaged)} damaged contents were set aside; publish these again:\n  {listing}")
-    typer.echo(f"every content of {models} models in {root} has the sha256 it was stored with")
 
 
 def release_build(
@@ -123,17 +49,23 @@ def release_build(
 
 
 def release_publish(
-    folder: Annotated[Path, typer.Argument(help="A release folder.", exists=True, file_okay=False)],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the hub; created when missing.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A release folder or a verified export.", exists=True, file_okay=False)
+    ],
+    target: Annotated[
+        str, typer.Argument(help="owner/name on a hub, s3://bucket/models/name, or a folder (/… or ./…).")
+    ],
     endpoint: Annotated[
         str | None, typer.Option(envvar="HF_ENDPOINT", help="Base URL of the hub; default: the public Hub.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Visibility of a repository that is created.")] = True,
+    only_writer: OnlyWriter = False,
     json: Annotated[bool, typer.Option("--json", help="Print the publication as JSON.")] = False,
 ) -> None:
-    """Push a release in one commit, then read every file back and compare its sha256.
+    """Publish a release under its own revision, read every file back, and only then move `main` to it.
 
-    The token comes from HF_TOKEN (or TRAINING_READY_HUB_TOKEN); on the public Hub the stored login works too.
+    Interrupted or refused at any moment, the same command continues. The token of a hub comes from HF_TOKEN (or
+    TRAINING_READY_HUB_TOKEN); on the public Hub the stored login works too. A bucket is that of the OVH_S3_ variables.
 
     Example: training-ready release publish releases/quickstart me/quickstart --endpoint http://127.0.0.1:9800
     """
@@ -144,7 +76,13 @@ def release_publish(
     token = os.environ.get("HF_TOKEN") or os.environ.get(HUB_TOKEN) or None
     with _progress() as report:
         publication = publish_release(
-            folder, repo_id, endpoint=endpoint, token=token, private=private, progress=report
+            folder,
+            target,
+            endpoint=endpoint,
+            token=token,
+            private=private,
+            only_writer=only_writer,
+            progress=report,
         )
     if json:
         typer.echo(publication.as_json())
@@ -152,7 +90,7 @@ def release_publish(
     done = "pushed and read back" if publication.uploaded else "already there, read back"
     Console().print(
         f"{publication.url}: {done}, {len(publication.files)} files, "
-        f"{sum(file.size for file in publication.files):,} bytes, revision {publication.revision}",
+        f"{sum(file.size for file in publication.files):,} bytes, main is {publication.name} at {publication.revision}",
         markup=False,
         highlight=False,
         soft_wrap=True,

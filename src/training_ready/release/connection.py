@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -65,31 +66,62 @@ def hub_api(endpoint: str, token: str | None) -> Iterator[HfApi]:
             enable_progress_bars()
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether asking again may help: a broken connection, or a hub that stumbled."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return bool(error.response.status_code >= 500 or error.response.status_code in (408, 429))
+    return isinstance(error, httpx2.TransportError | ConnectionError) and not isinstance(
+        error, OfflineModeIsEnabled | httpx2.UnsupportedProtocol
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Journey:
+    """How far a publication has come, for the message that ends it. `again` is the command that continues it."""
+
+    folder: Path
+    again: str
+    main_may_have_moved: bool = False
+
+    def rest(self) -> str:
+        main = (
+            "Whether main moved is not known; the same command finds out."
+            if self.main_may_have_moved
+            else "main did not move."
+        )
+        return f"{main} The release stays in {self.folder}. To continue, run: {self.again}"
+
+
 @contextmanager
-def clear_errors(endpoint: str, repo_id: str, folder: Path) -> Iterator[None]:
+def clear_errors(journey: Journey, endpoint: str, repo_id: str) -> Iterator[None]:
     """Turn what the client raises into one sentence and the next thing to do."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    again = f"The release stays in {folder}; then run: training-ready release publish {folder} {repo_id}"
     try:
         yield
+    except PublishError as error:
+        raise PublishError(f"{error} To continue, run: {journey.again}") from error
     except OfflineModeIsEnabled as error:
-        raise PublishError(
-            f"HF_HUB_OFFLINE is set, so {endpoint} cannot be reached. Unset it. {again}"
-        ) from error
+        message = f"HF_HUB_OFFLINE is set, so {endpoint} cannot be reached. Unset it. {journey.rest()}"
+        raise PublishError(message) from error
     except (HFValidationError, httpx2.InvalidURL, httpx2.UnsupportedProtocol, ValueError) as error:
         raise PublishError(f"{repo_id} cannot be published to {endpoint}: {error}") from error
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        message = f"no hub answers at {endpoint} ({error}). Start it, or correct HF_ENDPOINT. {again}"
+        message = (
+            f"no hub answers at {endpoint} ({error}). Start it, or correct HF_ENDPOINT. {journey.rest()}"
+        )
         raise PublishError(message) from error
     except (httpx2.TransportError, ConnectionError) as error:
-        raise PublishError(f"the connection to {endpoint} broke ({error!r}). {again}") from error
+        raise PublishError(f"the connection to {endpoint} broke ({error!r}). {journey.rest()}") from error
     except HfHubHTTPError as error:
-        raise PublishError(f"{_refusal(error, endpoint, repo_id)} {again}") from error
+        raise PublishError(f"{_refusal(error, endpoint, repo_id)} {journey.rest()}") from error
     except RuntimeError as error:  # what the client wraps around a failed LFS upload
         why = f"{str(error).rstrip('.')}: {error.__cause__ or 'no reason given'}"
-        raise PublishError(f"the upload to {endpoint} failed. {why}. main did not move. {again}") from error
+        raise PublishError(f"the upload to {endpoint} failed. {why}. {journey.rest()}") from error
 
 
 def _refusal(error: Any, endpoint: str, repo_id: str) -> str:
@@ -101,6 +133,4 @@ def _refusal(error: Any, endpoint: str, repo_id: str) -> str:
             f"{endpoint} refuses access to {repo_id} (HTTP {status}: {said}). "
             f"Set HF_TOKEN to a token of that hub with write access to {owner}."
         )
-    if status == 412:
-        return f"somebody else moved main of {repo_id} meanwhile (HTTP 412: {said}); nothing was changed."
     return f"{endpoint} answered HTTP {status} for {repo_id}: {said}."

@@ -12,7 +12,25 @@ from typing import NamedTuple
 
 from training_ready import TrainingReadyError
 
-REQUIRED = ("config.json", "generation_config.json", "tokenizer.json", "README.md")
+# Written last into an export, see :mod:`.targets.export`; says for which engine it is.
+EXPORT = "export.json"
+_WORDS = ("README.md", "release.json")
+_TRANSFORMERS = ("config.json", "generation_config.json", "tokenizer.json", "*.safetensors", *_WORDS)
+# What a folder must hold, by target; a release itself is read by transformers.
+REQUIRED = {
+    "hf": _TRANSFORMERS,
+    "vllm": _TRANSFORMERS,
+    "tgi": (*_TRANSFORMERS, EXPORT),
+    "gguf": ("*.gguf", EXPORT, *_WORDS),
+    "ollama": ("*.gguf", "Modelfile", EXPORT, *_WORDS),
+    "adapter": ("adapter_config.json", "*.safetensors", EXPORT, *_WORDS),
+}
+# Kinds of files that only these targets may hold, by lower-case name.
+_OF_TARGET = {
+    "gguf": ("*.gguf",),
+    "ollama": ("*.gguf", "modelfile"),
+    "adapter": ("adapter_model.safetensors", "adapter_config.json"),
+}
 
 # (pattern of the lower-case file name, why it stays). Order matters: the first that fits names the reason.
 _REFUSED = (
@@ -100,31 +118,47 @@ def _checked_paths(folder: Path) -> list[Path]:
         raise ContentsError(
             f"{folder} is not a folder; export a release first (training-ready release build)"
         )
+    target = target_of(folder)
     paths, faults = [], []
     for parent, folders, names in os.walk(folder, followlinks=False):
         for name in sorted(names + [child for child in folders if (Path(parent) / child).is_symlink()]):
             path = Path(parent) / name
-            fault = _fault(path)
+            fault = _fault(path, target)
             faults += [f"{path.relative_to(folder)}: {fault}"] if fault else []
             paths.append(path)
-    faults += [f"{name}: missing" for name in REQUIRED if not (folder / name).is_file()]
-    weights = sorted(folder.glob("*.safetensors"))
-    faults += ["*.safetensors: missing" if not weights else "", *_weight_faults(folder, weights)]
-    if faults := [fault for fault in faults if fault]:
+    faults += [f"{name}: missing" for name in REQUIRED[target] if not any(folder.glob(name))]
+    faults += _weight_faults(folder, sorted(folder.glob("*.safetensors")))
+    if faults:
         listing = "\n  ".join(sorted(set(faults)))
         raise ContentsError(f"{folder} is not fit to be published:\n  {listing}\nNothing was sent.")
     return sorted(paths)
 
 
-def _fault(path: Path) -> str | None:
+def target_of(folder: Path) -> str:
+    """The engine that `folder` was exported for; "hf" for a release itself. Raises ContentsError."""
+    if not (folder / EXPORT).is_file():
+        return "hf"
+    try:
+        target = json.loads((folder / EXPORT).read_bytes())["target"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContentsError(f"{folder / EXPORT} is not what `release export` writes: export again") from error
+    if target not in REQUIRED:
+        raise ContentsError(
+            f"{folder / EXPORT} names a target {target!r} that is none of {', '.join(REQUIRED)}"
+        )
+    return str(target)
+
+
+def _fault(path: Path, target: str) -> str | None:
     """Why this file must not leave, or None."""
     name = path.name.lower()
     if path.is_symlink():
         return "a symbolic link; copy the file itself"
+    own = any(fnmatch(name, pattern) for pattern in _OF_TARGET.get(target, ()))
     for pattern, reason in _REFUSED:
-        if fnmatch(name, pattern):
+        if fnmatch(name, pattern) and not own:
             return reason
-    if not any(fnmatch(name, pattern) for pattern in _ALLOWED):
+    if not own and not any(fnmatch(name, pattern) for pattern in _ALLOWED):
         return "not a kind of file that a release holds"
     with path.open("rb") as file:
         start = file.read(4)

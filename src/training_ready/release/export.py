@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_ready import TrainingReadyError
+from training_ready.release.targets.conversations import multilingual_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Stands for a turn's text while the template is probed; private-use characters do not occur in templates.
 _PROBES = {"user": "\ue000", "assistant": "\ue001"}
+_COMPARED_BYTES = 100_000
 
 
 class ExportError(TrainingReadyError):
@@ -59,11 +61,12 @@ def load_checkpoint(
 
     Adapters are merged into the base model that their configuration names, at `base_revision`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    _refuse_shards(checkpoint)
     if not (checkpoint / "tokenizer.json").is_file():
         raise ExportError(f"{checkpoint} holds no tokenizer.json: it is not a checkpoint of a training run")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    tokenizer = read_tokenizer(checkpoint)
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
     if not (checkpoint / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval(), tokenizer
@@ -74,6 +77,45 @@ def load_checkpoint(
             f"the tokenizer of {checkpoint} has tokens that the base model {base} has no embedding for"
         )
     return _merged(model, checkpoint).eval(), tokenizer
+
+
+def _refuse_shards(checkpoint: Path) -> None:
+    """What FSDP's SHARDED_STATE_DICT saves is described by a pickle, which a release does not open."""
+    shards = checkpoint / "pytorch_model_fsdp_0"
+    if shards.is_dir() and not any(checkpoint.glob("*.safetensors")):
+        raise ExportError(
+            f"{checkpoint} holds the weights in shards, as each rank of FSDP wrote its own. Join them once, then build "
+            f"again:\n  accelerate merge-weights {shards} {checkpoint}"
+        )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint or release as everybody will load it.
+
+    Raises ExportError when that is not what tokenizer.json says, which is what the model was trained with:
+    transformers 5.23 reads every tokenizer beside a qwen2 configuration as Qwen2Tokenizer, which splits words its own
+    way (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS` in its tokenization_auto.py).
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.no_truncation()
+    file.no_padding()
+    texts = list(multilingual_text(_COMPARED_BYTES))
+    trained = [encoding.ids for encoding in file.encode_batch(texts)]
+    wrong = sum(one != other for one, other in zip(trained, loaded(texts)["input_ids"], strict=True))
+    if wrong:
+        config = folder / "config.json"
+        kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else "base model's"
+        raise ExportError(
+            f"transformers reads {folder / 'tokenizer.json'} beside a {kind} configuration as {type(loaded).__name__}, "
+            f"which makes other tokens of {wrong} in {len(texts)} paragraphs: whoever loads this model would feed it "
+            "what it was not trained on. Train a model of this tokenizer under another model_type (llama, qwen3), or "
+            "this model_type with the tokenizer that belongs to it."
+        )
+    return loaded
 
 
 def _merged(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
@@ -121,19 +163,25 @@ def write_release(
     padding and end of turn share an id, or when the written tokenizer does not load as it was.
     """
     _check_weights(model)
-    generation = _generation_config(model, tokenizer, end_of_turn_ids)
+    rows = model.get_input_embeddings().weight.shape[0]
+    generation = generation_of(model.generation_config, tokenizer, end_of_turn_ids, rows=rows)
     with whole_folder(folder) as building:
         model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        try:
-            generation.save_pretrained(building)
-        except ValueError as error:
-            raise ExportError(f"the generation settings contradict each other: {error}") from error
-        _inline_chat_template(building, tokenizer)
-        _check_written(building, tokenizer)
-        for path in building.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        write_words(building, tokenizer, generation)
     return folder
+
+
+def write_words(building: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> None:
+    """Write everything beside the weights, read it back as a stranger would, and make all files readable for all."""
+    tokenizer.save_pretrained(building)
+    try:
+        generation.save_pretrained(building)
+    except ValueError as error:
+        raise ExportError(f"the generation settings contradict each other: {error}") from error
+    _inline_chat_template(building, tokenizer)
+    _check_written(building, tokenizer)
+    for path in building.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _check_weights(model: PreTrainedModel) -> None:
@@ -158,20 +206,22 @@ def _check_weights(model: PreTrainedModel) -> None:
             )
 
 
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
-) -> Any:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not ends or not all(0 <= token < vocabulary for token in ends):
+def generation_of(
+    given: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], *, rows: int
+) -> GenerationConfig:
+    """The model's own settings with the ids that end an answer; `rows`: of its embedding."""
+    from transformers import GenerationConfig
+
+    if not ends or not all(0 <= token < rows for token in ends):
         raise ExportError(
-            f"end-of-turn ids {list(ends)} must be one or more ids below the vocabulary of {vocabulary}"
+            f"end-of-turn ids {list(ends)} must be one or more ids below the vocabulary of {rows}"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         raise ExportError(
             f"the padding token ({tokenizer.pad_token!r}, id {tokenizer.pad_token_id}) must exist and not be one of "
             f"the end-of-turn ids {list(ends)}: a padded batch would look finished. Set pad_token in the recipe."
         )
-    generation = copy.deepcopy(model.generation_config)
+    generation = copy.deepcopy(given) if given is not None else GenerationConfig()
     generation.eos_token_id = [int(token) for token in ends]
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
@@ -208,9 +258,7 @@ def _inline_chat_template(building: Path, tokenizer: PreTrainedTokenizerBase) ->
 
 def _check_written(building: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Load what was written, as a stranger would, and compare."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(building, trust_remote_code=False)
+    loaded = read_tokenizer(building)
     for what in ("chat_template", "eos_token", "pad_token", "bos_token"):
         if getattr(loaded, what) != getattr(tokenizer, what):
             raise ExportError(

@@ -39,6 +39,9 @@ class SourceFacts(_Facts):
     records_in: Count
     kept: Count
     rejected: dict[str, Count]
+    pii_status: Text | None = None
+    """What was done about personal data; None where the manifest does not say."""
+    consent: Text | None = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> SourceFacts:
@@ -102,6 +105,20 @@ class LossFacts(_Facts):
     eval: float | None
 
 
+class EvaluationFacts(_Facts):
+    """One measured benchmark, of the model and, where it was measured too, of its base."""
+
+    dataset_id: Text
+    dataset_revision: Text | None = None
+    task_id: Text
+    metric: Text
+    n: Annotated[int, Field(gt=0)]
+    value: float
+    base_value: float | None = None
+    date: Text
+    protocol: Text
+
+
 class LayerFacts(_Facts):
     layer: Count
     load: list[Share] = Field(min_length=1)
@@ -154,6 +171,16 @@ class RunFacts(_Facts):
     hardware: HardwareFacts
     checkpoint: Text
     pictures: list[Text]
+    energy_kwh: Annotated[float, Field(gt=0)] | None = None
+    """Measured at the machine; None where nothing measured it."""
+    evaluations: list[EvaluationFacts] = []
+
+    @model_validator(mode="after")
+    def _shows_its_curves(self) -> RunFacts:
+        wanted = ["loss.png", "expert_load.png"] if self.moe else ["loss.png"]
+        if missing := [picture for picture in wanted if picture not in self.pictures]:
+            raise ValueError(f"pictures: {', '.join(missing)} missing; training draws it")
+        return self
 
     @field_validator("versions")
     @classmethod
@@ -182,8 +209,12 @@ def check_facts(content: object, path: Path | str = "summary") -> RunFacts:
     try:
         return RunFacts.model_validate(content)
     except ValidationError as error:
-        faults = "\n  ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or '(whole)'}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise CardError(f"{path} does not say enough for an honest card:\n  {faults}") from error
+        raise CardError(f"{path} does not say enough for an honest card:\n  {faults_of(error)}") from error
+
+
+def faults_of(error: ValidationError) -> str:
+    """One line for each field that is missing or wrong."""
+    return "\n  ".join(
+        f"{'.'.join(str(part) for part in fault['loc']) or '(whole)'}: {fault['msg']}"
+        for fault in error.errors()
+    )

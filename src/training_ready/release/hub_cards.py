@@ -7,13 +7,23 @@ from typing import Any
 import yaml
 
 
-def card_metadata(text: str) -> dict[str, Any]:
-    """The YAML block at the top of a card; {} when there is none. Raises ValueError when it is not valid."""
+def _split(text: str) -> tuple[str, str]:
+    """(metadata, body) of a card; no metadata where it does not start with a closed `---` block."""
     lines = text.lstrip("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---" or "---" not in [line.strip() for line in lines[1:]]:
-        return {}
+        return "", text
     end = next(index for index, line in enumerate(lines[1:], start=1) if line.strip() == "---")
-    block = "\n".join(lines[1:end])
+    return "\n".join(lines[1:end]), "\n".join(lines[end + 1 :])
+
+
+def card_body(text: str) -> str:
+    """The Markdown below the metadata."""
+    return _split(text)[1]
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The YAML block at the top of a card; {} when there is none. Raises ValueError when it is not valid."""
+    block = _split(text)[0]
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block)):
             raise ValueError("the metadata uses YAML aliases, which can grow without bound; write values out")

@@ -1,27 +1,31 @@
-"""How is a hub read and arranged on the wire? Repositories, branches, trees, files, cards.
+"""How are models found and arranged on the wire? Repositories, branches, tags, history, cards.
 
-These are the routes that an unmodified `huggingface_hub` 2.4 calls for models; those that receive files are
-in :mod:`.hub_upload`.
+These are the routes that an unmodified `huggingface_hub` 2.4 calls for models; files leave by :mod:`.hub_downloads`
+and enter by :mod:`.hub_upload`.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from training_ready.release.hub_blobs import HubError
 from training_ready.release.hub_cards import card_metadata
-from training_ready.release.hub_store import Commit, Entry, HubStore, pointer_text
+from training_ready.release.hub_names import pointer_text
+from training_ready.release.hub_store import Commit, HubStore
+from training_ready.release.hub_tokens import Caller
 
 # The owner of repositories created by a bare name, and the answer to whoami: this hub has one tenant.
 LOCAL_OWNER = "local"
 # A larger README is served as a file but not parsed for metadata.
-_CARD_BYTES = 2**20
+CARD_BYTES = 2**20
+# Items of one answer to a listing; the rest follows by the Link header.
+PAGE = 1000
 
 router = APIRouter()
 
@@ -49,6 +53,22 @@ def base_url(request: Request) -> str:
     return str(request.base_url).rstrip("/")
 
 
+def paged(
+    request: Request,
+    items: Sequence[Any],
+    limit: int | None,
+    cursor: str,
+    render: Callable[[Any], Any] = lambda item: item,
+) -> JSONResponse:
+    """One page of a listing; the Link header names the next, as the client follows it. `cursor` counts items."""
+    start = int(cursor) if cursor.isdecimal() else 0
+    stop = start + max(1, min(limit or PAGE, PAGE))
+    headers = {}
+    if stop < len(items):
+        headers["Link"] = f'<{request.url.include_query_params(cursor=stop)}>; rel="next"'
+    return JSONResponse([render(item) for item in items[start:stop]], headers=headers)
+
+
 # --- repositories ----------------------------------------------------------------------------------------
 
 
@@ -66,13 +86,15 @@ class RepoRequest(BaseModel):
 
 
 @router.get("/api/whoami-v2")
-def whoami() -> dict[str, Any]:
+def whoami(request: Request) -> dict[str, Any]:
+    caller: Caller = request.state.caller
+    token = {"displayName": caller.name, "role": caller.scope}
     return {
         "type": "user",
         "name": LOCAL_OWNER,
         "fullname": LOCAL_OWNER,
         "orgs": [],
-        "auth": {"type": "access_token"},
+        "auth": {"type": "access_token", "accessToken": token},
     }
 
 
@@ -97,15 +119,26 @@ def delete_repo(body: RepoRequest, store: Store) -> dict[str, str]:
 
 
 @router.get("/api/models")
-def list_models(store: Store, search: str = "", author: str = "", limit: int = 1000) -> list[dict[str, Any]]:
+def list_models(
+    request: Request,
+    store: Store,
+    search: str = "",
+    author: str = "",
+    limit: int | None = None,
+    cursor: str = "",
+) -> JSONResponse:
     wanted = [
         repo_id
         for repo_id in store.repo_ids()
         if search.lower() in repo_id.lower() and author in ("", repo_id.partition("/")[0])
     ]
-    return [
-        _model_info(store, repo_id, store.resolve(repo_id, "main"), blobs=False) for repo_id in wanted[:limit]
-    ]
+    return paged(
+        request,
+        wanted,
+        limit,
+        cursor,
+        lambda repo_id: _model_info(store, repo_id, store.resolve(repo_id, "main"), blobs=False),
+    )
 
 
 @router.get("/api/models/{owner}/{name}")
@@ -124,7 +157,7 @@ def model_info_at(
 
 def _model_info(store: HubStore, repo_id: str, commit: Commit, *, blobs: bool) -> dict[str, Any]:
     repo = store.repo(repo_id)
-    card = _card(store, commit)
+    card = card_of(store, commit)
     siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.tree]
     if blobs:
         for sibling, entry in zip(siblings, commit.tree.values(), strict=True):
@@ -133,7 +166,7 @@ def _model_info(store: HubStore, repo_id: str, commit: Commit, *, blobs: bool) -
                 sibling["lfs"] = {
                     "sha256": entry.sha256,
                     "size": entry.size,
-                    "pointerSize": _pointer_size(entry),
+                    "pointerSize": len(pointer_text(entry.sha256, entry.size)),
                 }
     return {
         "_id": repo_id,
@@ -154,13 +187,13 @@ def _model_info(store: HubStore, repo_id: str, commit: Commit, *, blobs: bool) -
     }
 
 
-def _card(store: HubStore, commit: Commit) -> dict[str, Any]:
+def card_of(store: HubStore, commit: Commit) -> dict[str, Any]:
     readme = commit.tree.get("README.md")
-    if readme is None or readme.size > _CARD_BYTES:
+    if readme is None or readme.size > CARD_BYTES:
         return {}
     try:
-        return card_metadata(store.blobs.path(readme.sha256).read_text(errors="replace"))
-    except (ValueError, OSError):
+        return card_metadata(store.blobs.read(readme.sha256).decode(errors="replace"))
+    except (ValueError, HubError):
         return {}  # A broken card must not hide the model; validate-yaml is where it is reported.
 
 
@@ -205,8 +238,16 @@ def delete_tag(owner: str, name: str, revision: Revision, store: Store) -> dict[
 
 
 @router.get("/api/models/{owner}/{name}/commits/{revision}")
-def commits(owner: str, name: str, revision: Revision, store: Store) -> list[dict[str, Any]]:
-    return [
+def commits(
+    owner: str,
+    name: str,
+    revision: Revision,
+    request: Request,
+    store: Store,
+    limit: int | None = None,
+    cursor: str = "",
+) -> JSONResponse:
+    found = [
         {
             "id": commit.oid,
             "title": commit.title,
@@ -216,96 +257,7 @@ def commits(owner: str, name: str, revision: Revision, store: Store) -> list[dic
         }
         for commit in store.history(f"{owner}/{name}", revision)
     ]
-
-
-# --- download --------------------------------------------------------------------------------------------
-
-
-@router.get("/api/models/{owner}/{name}/tree/{revision}")
-@router.get("/api/models/{owner}/{name}/tree/{revision}/{path:path}")
-def tree(
-    owner: str, name: str, revision: Revision, store: Store, path: FilePath, recursive: bool = False
-) -> list[dict[str, Any]]:
-    found = store.resolve(f"{owner}/{name}", revision).tree
-    prefix = f"{path.rstrip('/')}/" if path else ""
-    inside = {file: entry for file, entry in found.items() if file.startswith(prefix)}
-    if prefix and not inside:
-        raise HubError(f"no folder {path!r} at {revision}", status=404, code="EntryNotFound")
-    listing = [
-        _file(file, entry) for file, entry in inside.items() if recursive or "/" not in file[len(prefix) :]
-    ]
-    folders = {
-        file[:index]
-        for file in inside
-        for index, char in enumerate(file)
-        if char == "/" and index >= len(prefix) and (recursive or "/" not in file[len(prefix) : index])
-    }
-    return [_folder(folder) for folder in sorted(folders)] + listing
-
-
-@router.post("/api/models/{owner}/{name}/paths-info/{revision}")
-async def paths_info(
-    owner: str, name: str, revision: Revision, request: Request, store: Store
-) -> list[dict[str, Any]]:
-    wanted = parse_qs((await request.body()).decode()).get("paths", [])
-    found = store.resolve(f"{owner}/{name}", revision).tree
-    answers = []
-    for path in wanted:
-        if path in found:
-            answers.append(_file(path, found[path]))
-        elif any(file.startswith(f"{path}/") for file in found):
-            answers.append(_folder(path))
-    return answers
-
-
-def _pointer_size(entry: Entry) -> int:
-    return len(pointer_text(entry.sha256, entry.size))
-
-
-def _file(path: str, entry: Entry) -> dict[str, Any]:
-    answer: dict[str, Any] = {"type": "file", "path": path, "size": entry.size, "oid": entry.oid}
-    if entry.lfs:
-        answer["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": _pointer_size(entry)}
-    return answer
-
-
-def _folder(path: str) -> dict[str, Any]:
-    # A git tree's id would need the whole tree; clients only compare it, so any name of the folder will do.
-    return {
-        "type": "directory",
-        "path": path,
-        "size": 0,
-        "oid": hashlib.sha256(path.encode()).hexdigest()[:40],
-    }
-
-
-@router.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-def resolve(owner: str, name: str, revision: Revision, path: FilePath, store: Store) -> FileResponse:
-    """The bytes of one file; Range is honoured (206)."""
-    found = store.resolve(f"{owner}/{name}", revision)
-    entry = store.entry(found, path)
-    if store.blobs.size(entry.sha256) is None:
-        raise HubError(f"the content {entry.sha256} of {path!r} is gone from the hub's folder", status=410)
-    headers = {
-        "X-Repo-Commit": found.oid,
-        "ETag": f'"{entry.sha256 if entry.lfs else entry.oid}"',
-        # Whatever was uploaded is never rendered by a browser under this origin.
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": "sandbox; default-src 'none'",
-    }
-    if entry.lfs:
-        headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(entry.size)}
-    kind = "application/octet-stream" if entry.lfs else "text/plain; charset=utf-8"
-    return FileResponse(store.blobs.path(entry.sha256), headers=headers, media_type=kind)
-
-
-@router.get("/{owner}/{name}")
-def readme(owner: str, name: str, store: Store) -> Response:
-    """A model's card as plain text, so that its URL can be opened."""
-    found = store.resolve(f"{owner}/{name}", "main")
-    if "README.md" not in found.tree:
-        return PlainTextResponse(f"{owner}/{name} at {found.oid} has no README.md yet\n")
-    return PlainTextResponse(store.blobs.path(found.tree["README.md"].sha256).read_bytes())
+    return paged(request, found, limit, cursor)
 
 
 # --- model cards -----------------------------------------------------------------------------------------

@@ -7,27 +7,31 @@ without the internet. It listens on loopback unless told otherwise. Clients need
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from training_ready.release import hub_routes, hub_upload
+from training_ready import TrainingReadyError
+from training_ready.release import hub_downloads, hub_pages, hub_routes, hub_upload
 from training_ready.release.hub_blobs import HubError
 from training_ready.release.hub_store import HubStore
+from training_ready.release.hub_tokens import Scope, TokenBook, check_caller
+from training_ready.release.place_folder import FolderPlace
+from training_ready.release.places import Place, PlaceError
+from training_ready.storage.errors import StorageError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
-_READS = ("GET", "HEAD")
 
 
 def is_loopback(host: str) -> bool:
@@ -35,28 +39,30 @@ def is_loopback(host: str) -> bool:
 
 
 def create_hub_app(
-    root: Path, token: str | None = None, *, allowed_hosts: Sequence[str] = _LOOPBACK
+    place: Place, tokens: Mapping[str, Scope] | None = None, *, allowed_hosts: Sequence[str] = _LOOPBACK
 ) -> FastAPI:
-    """The hub over `root` as an ASGI app; `app.state.store.close()` gives the folder back.
+    """The hub over `place` as an ASGI app; `app.state.store.close()` gives the place back.
 
-    With a `token`, every request must carry it as a bearer token. Requests are answered only under
-    `allowed_hosts` (the Host header), which keeps a web page from reaching a loopback hub through a name it
-    controls.
+    With `tokens` (secret: scope), or with tokens made by `hub token add`, every request must carry one. Requests are
+    answered only under `allowed_hosts` (the Host header), which keeps a web page from reaching a loopback hub
+    through a name it controls.
 
-    Raises HubError when another process serves `root`.
+    Raises HubError when another process serves `place`.
     """
     app = FastAPI(title="Training Ready hub", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.store = HubStore(root)
+    app.state.store = HubStore(place)
+    app.state.tokens = TokenBook(place, tokens)
     app.state.signing_key = secrets.token_bytes(32)
-    for routes in (hub_routes, hub_upload):
+    for routes in (hub_routes, hub_downloads, hub_upload, hub_pages):
         app.include_router(routes.router)
-    app.add_exception_handler(HubError, _refuse)
+    for kind in (HubError, PlaceError, StorageError):
+        app.add_exception_handler(kind, _refuse)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         try:
-            _check_caller(request, token)
-        except HubError as error:
+            request.state.caller = await run_in_threadpool(check_caller, request, app.state.tokens)
+        except TrainingReadyError as error:
             return _refuse(request, error)
         return await call_next(request)
 
@@ -65,27 +71,17 @@ def create_hub_app(
     return app
 
 
-def _check_caller(request: Request, token: str | None) -> None:
-    origin = request.headers.get("origin")
-    if origin and request.method not in _READS and origin != str(request.base_url).rstrip("/"):
-        raise HubError(f"a page of {origin} may not write to this hub", status=403)
-    if token is None or (request.method == "PUT" and "signature" in request.query_params):
-        return  # The signed upload URL is checked by its route.
-    if request.url.path == "/api/validate-yaml":
-        return  # Clients send no token there; it reads nothing of the hub.
-    given = request.headers.get("authorization", "")
-    if not given:
-        raise HubError("this hub wants a token: set HF_TOKEN to the one it was started with", status=401)
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        # The client tells a bad token from a missing repository by this text only.
-        raise HubError("Invalid credentials in Authorization header", status=401)
-
-
 def _refuse(request: Request, error: Exception) -> JSONResponse:
     status, code = (error.status, error.code) if isinstance(error, HubError) else (500, None)
+    if isinstance(error, StorageError):
+        status = 503  # the bucket behind this hub; asking again may help
     headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode().replace("\n", " ")}
     if code:
         headers["X-Error-Code"] = code
+    if status == 401:
+        headers["WWW-Authenticate"] = (
+            'Basic realm="hub", charset="UTF-8"'  # a browser then asks for the token
+        )
     return JSONResponse({"error": str(error)}, status_code=status, headers=headers)
 
 
@@ -93,26 +89,35 @@ class _QuotedPaths:
     """Route on the URL as it was sent: `feature%2Fx` is one segment, a branch, not a folder and a file."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
+        self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             scope["path"] = scope["raw_path"].decode("ascii")
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class EmbeddedHub:
     """A hub in a thread of this process: `with EmbeddedHub(folder) as hub: HfApi(endpoint=hub.endpoint_url)`.
 
-    Port 0 takes a free one. State stays in `root`; the next hub over the same folder continues with it.
+    Port 0 takes a free one. State stays in `root`, a folder or a place; the next hub over it continues with it.
+    `token` reads and writes, `read_token` reads; with neither, and none in the place, the hub is open.
     """
 
     def __init__(
-        self, root: Path, port: int = 0, *, host: str = "127.0.0.1", token: str | None = None
+        self,
+        root: Path | Place,
+        port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+        read_token: str | None = None,
     ) -> None:
         self.root = root
         self._address = (host, port)
         self._token = token
+        given: dict[str | None, Scope] = {read_token: "read", token: "write"}
+        self._tokens = {secret: scope for secret, scope in given.items() if secret}
 
     def __enter__(self) -> EmbeddedHub:
         host, port = self._address
@@ -120,18 +125,21 @@ class EmbeddedHub:
         name = f"[{host}]" if ":" in host else host
         self.endpoint_url = f"http://{name}:{self._socket.getsockname()[1]}"
         try:
-            self._app = create_hub_app(self.root, self._token, allowed_hosts=(*_LOOPBACK, name))
-        except HubError:
+            self.place = FolderPlace(self.root) if isinstance(self.root, Path) else self.root
+            # Beyond loopback the hub goes by names that it does not know, and the token keeps strangers out.
+            hosts = _LOOPBACK if is_loopback(host) else ("*",)
+            self.app = create_hub_app(self.place, self._tokens, allowed_hosts=hosts)
+        except TrainingReadyError:
             self._socket.close()
             raise
-        self._server = uvicorn.Server(uvicorn.Config(self._app, log_level="warning", lifespan="off"))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off"))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="hub", daemon=True
         )
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
-                self._app.state.store.close()
+                self.app.state.store.close()
                 raise HubError(f"the hub's thread ended before it answered at {self.endpoint_url}")
             time.sleep(0.01)
         return self
@@ -142,7 +150,7 @@ class EmbeddedHub:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
-        self._app.state.store.close()
+        self.app.state.store.close()
 
     def environment(self) -> dict[str, str]:
         """Variables for a child process whose `huggingface_hub` is to use this hub."""

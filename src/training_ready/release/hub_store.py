@@ -1,42 +1,41 @@
-"""Where do the hub's models live? Commits and refs over the blobs of :mod:`.hub_blobs`, never half-written.
+"""What do the hub's models consist of? Commits and refs over the contents of :mod:`.hub_blobs`, never half-written.
 
-    root/
+    <place>/                      a folder or a bucket, see :mod:`.places`
       repos/<owner>/<name>/
-        repo.json               visibility, time of creation
-        commits/<oid>.json      parent, message, date, tree {path: sha256, size, oid, lfs}; named by its hash
-        refs/heads/main         the oid of a branch's newest commit; refs/tags/… likewise
+        commits/<oid>.json        parent, message, date, tree {path: sha256, size, oid, lfs}; named by its hash
+        refs/heads/main           the oid of a branch's newest commit; refs/tags/… likewise
+        repo.json                 visibility, time of creation; the model exists while this does
 
-A change is written in that order (blob, commit, ref), each under a temporary name, fsynced, then renamed. The
-rename of the ref is the only moment anything becomes visible: a hub killed before it still serves the old
-commit, whole. File names inside a model are keys of a JSON tree and never touch the file system, so no path
-can leave the root.
+A change is written in that order: contents, commit, ref. The swap of the ref is the only moment anything becomes
+visible: a hub killed before it still serves the old commit, whole. File names inside a model are keys of a JSON tree
+and never names of the place, so no path can leave it.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
-import os
-import re
-import shutil
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import lru_cache
 from types import TracebackType
-from urllib.parse import quote, unquote
 
-from training_ready.release.hub_blobs import BlobStore, HubError, sync_folder
+from training_ready.release.hub_blobs import BlobStore, HubError
+from training_ready.release.hub_names import (
+    OID,
+    check_path,
+    check_repo_id,
+    git_oid,
+    is_ref_name,
+    pointer_text,
+)
+from training_ready.release.places import Place, PlaceError
 
 DEFAULT_BRANCH = "main"
-
-_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
-_REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,150}")
-_OID = re.compile(r"[0-9a-f]{40}")
-# First path segments that mean something else in the hub's URLs.
-_RESERVED_OWNERS = frozenset({"api", "datasets", "spaces", "buckets", "kernels", "models"})
+_COMMITS_IN_MEMORY = 256
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -66,66 +65,27 @@ class Repo:
     created_at: str
 
 
-def pointer_text(sha256: str, size: int) -> bytes:
-    """The Git LFS pointer that stands for a large file in a git tree (git-lfs specification v1)."""
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-
-
-def git_oid(content: bytes) -> str:
-    """Git's object id of a blob; the client compares it to skip files that did not change."""
-    return hashlib.sha1(b"blob %d\x00" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def check_repo_id(repo_id: str) -> tuple[str, str]:
-    """Split `owner/name`, refusing anything that could be read as another place."""
-    owner, _, name = repo_id.partition("/")
-    well_formed = _NAME.fullmatch(owner) and _NAME.fullmatch(name) and owner not in _RESERVED_OWNERS
-    if not well_formed or ".." in repo_id or "--" in repo_id or name.endswith((".git", ".ipynb")):
-        raise HubError(
-            f"{repo_id!r} is not a repository id: write owner/name with letters, digits, '-', '_' and '.'",
-            status=404,
-            code="RepoNotFound",
-        )
-    return owner, name
-
-
-def check_path(path: str) -> str:
-    """A file's path inside a model: relative, POSIX, no dots that climb, no control characters."""
-    parts = path.split("/")
-    bad = any(part in ("", ".", "..") for part in parts) or parts[0] == ".git"
-    if bad or "\\" in path or any(ord(char) < 32 for char in path) or len(path.encode()) > 1000:
-        raise HubError(f"{path!r} is not a path inside a repository", status=400)
-    return path
-
-
-def _is_ref_name(name: str) -> bool:
-    bad = ".." in name or "//" in name or name.endswith(("/", ".", ".lock")) or _OID.fullmatch(name)
-    return not bad and _REF.fullmatch(name) is not None
-
-
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 class HubStore:
-    """All state of a hub. One process per root (a file lock says so); many threads may call its methods."""
+    """All state of a hub. Many threads may call its methods; whether several processes may, the place says."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
-        (self.root / "repos").mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.root / ".lock").open("a")
+    def __init__(self, place: Place) -> None:
+        """Raises HubError when another process serves the place."""
+        self._held = contextlib.ExitStack()
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock_file.close()
-            raise HubError(
-                f"another hub already serves {self.root}; stop it or choose another --root"
-            ) from error
-        self.blobs = BlobStore(self.root)  # only after the lock: it empties incoming/
+            self._held.enter_context(place.sole_server())
+        except PlaceError as error:
+            raise HubError(str(error)) from error
+        self.place = place
+        self.blobs = BlobStore(place)
         self._writing = threading.RLock()
+        self._commit = lru_cache(_COMMITS_IN_MEMORY)(self._read_commit)
 
     def close(self) -> None:
-        self._lock_file.close()
+        self._held.close()
 
     def __enter__(self) -> HubStore:
         return self
@@ -150,44 +110,44 @@ class HubStore:
 
     # --- repositories ----------------------------------------------------------------------------------
 
-    def _folder(self, repo_id: str) -> Path:
-        owner, name = check_repo_id(repo_id)
-        return self.root / "repos" / owner / name
+    def _under(self, repo_id: str, name: str) -> str:
+        owner, model = check_repo_id(repo_id)
+        return f"repos/{owner}/{model}/{name}"
 
     def create_repo(self, repo_id: str, *, private: bool) -> None:
         """Create with one empty commit on `main`. Raises HubError 409 when it exists."""
-        folder = self._folder(repo_id)
+        facts = self._under(repo_id, "repo.json")
+        taken = HubError(f"You already created this model repo: {repo_id}", status=409)
         with self._writing:
-            if folder.exists():
-                raise HubError(f"You already created this model repo: {repo_id}", status=409)
-            staging = self.blobs.new_incoming()
-            for part in ("commits", "refs/heads", "refs/tags"):
-                (staging / part).mkdir(parents=True)
-            facts = {"private": private, "created_at": _now()}
-            self._write(staging / "repo.json", json.dumps(facts).encode())
-            oid = self._write_commit(staging, parent=None, title="Create the repository", message="", tree={})
-            self._write(staging / "refs" / "heads" / DEFAULT_BRANCH, oid.encode())
-            folder.parent.mkdir(exist_ok=True)
-            os.rename(staging, folder)
-            sync_folder(folder.parent)
+            if self.place.read(facts) is not None:
+                raise taken
+            for leftover in list(self.place.names(self._under(repo_id, "refs/"))):
+                self.place.delete(leftover)  # of a deletion that was interrupted
+            oid = self._write_commit(repo_id, parent=None, title="Create the repository", message="", tree={})
+            self.place.write(self._ref(repo_id, "heads", DEFAULT_BRANCH), oid.encode())
+            content = json.dumps({"private": private, "created_at": _now()}).encode()
+            if not self.place.swap(facts, content, expected=None):
+                raise taken
 
     def delete_repo(self, repo_id: str) -> None:
-        """Forget the repository. Blobs stay until :meth:`delete_unreferenced`."""
+        """Forget the repository: first that it exists, then what it was. Its contents stay, see delete_unreferenced."""
         with self._writing:
             self.repo(repo_id)
-            grave = self.blobs.new_incoming()
-            os.rename(self._folder(repo_id), grave)
-            shutil.rmtree(grave)
+            self.place.delete(self._under(repo_id, "repo.json"))
+            for name in list(self.place.names(self._under(repo_id, ""))):
+                self.place.delete(name)
+            self._commit.cache_clear()
 
     def repo(self, repo_id: str) -> Repo:
-        try:
-            facts = json.loads((self._folder(repo_id) / "repo.json").read_bytes())
-        except FileNotFoundError:
-            raise HubError(f"no model {repo_id} on this hub", status=404, code="RepoNotFound") from None
+        content = self.place.read(self._under(repo_id, "repo.json"))
+        if content is None:
+            raise HubError(f"no model {repo_id} on this hub", status=404, code="RepoNotFound")
+        facts = json.loads(content)
         return Repo(repo_id=repo_id, private=facts["private"], created_at=facts["created_at"])
 
     def repo_ids(self) -> list[str]:
-        return sorted(f"{path.parent.name}/{path.name}" for path in (self.root / "repos").glob("*/*"))
+        found = [name.split("/") for name in self.place.names("repos/")]
+        return sorted(f"{parts[1]}/{parts[2]}" for parts in found if parts[3:] == ["repo.json"])
 
     def users_of(self, contents: Collection[str]) -> dict[str, list[str]]:
         """For each sha256, the repositories with a commit that mentions it."""
@@ -197,15 +157,16 @@ class HubStore:
         }
 
     def delete_unreferenced(self) -> int:
-        """Delete blobs that no commit mentions, while no upload runs; returns the bytes freed."""
+        """Delete contents that no commit mentions, while no upload runs; returns the bytes freed."""
         with self._writing:
             return self.blobs.delete_except(
                 {sha256 for repo_id in self.repo_ids() for sha256 in self._mentioned(repo_id)}
             )
 
     def _mentioned(self, repo_id: str) -> set[str]:
-        commits = (self._folder(repo_id) / "commits").glob("*.json")
-        return {entry.sha256 for path in commits for entry in self._commit(repo_id, path.stem).tree.values()}
+        names = self.place.names(self._under(repo_id, "commits/"))
+        oids = [name.rpartition("/")[2].removesuffix(".json") for name in names]
+        return {entry.sha256 for oid in oids for entry in self._commit(repo_id, oid).tree.values()}
 
     # --- commits ---------------------------------------------------------------------------------------
 
@@ -214,9 +175,9 @@ class HubStore:
         self.repo(repo_id)
         for kind in ("heads", "tags"):
             name = revision.removeprefix(f"refs/{kind}/")
-            if _is_ref_name(name) and (path := self._ref(repo_id, kind, name)).is_file():
-                return self._commit(repo_id, path.read_text())
-        if _OID.fullmatch(revision) and (self._folder(repo_id) / "commits" / f"{revision}.json").is_file():
+            if is_ref_name(name) and (oid := self.place.read(self._ref(repo_id, kind, name))):
+                return self._commit(repo_id, oid.decode())
+        if OID.fullmatch(revision) and self.place.size(self._under(repo_id, f"commits/{revision}.json")):
             return self._commit(repo_id, revision)
         raise HubError(f"{repo_id} has no revision {revision!r}", status=404, code="RevisionNotFound")
 
@@ -248,23 +209,25 @@ class HubStore:
         `parent`, when given, must still be the branch's newest commit (HubError 412 otherwise). Returns the
         commit id; the current one when nothing changed.
         """
-        with self._writing:
-            head = self.resolve(repo_id, f"refs/heads/{branch.removeprefix('refs/heads/')}")
-            if parent is not None and (len(parent) < 5 or not head.oid.startswith(parent)):
-                raise HubError(
-                    f"{branch} of {repo_id} is at {head.oid}, no longer at {parent}: read it again and retry",
-                    status=412,
-                )
-            tree = _edited(head.tree, edits)
-            if tree == head.tree:
-                return head.oid
-            folder = self._folder(repo_id)
-            oid = self._write_commit(folder, parent=head.oid, title=title, message=message, tree=tree)
-            self._write(self._ref(repo_id, "heads", branch.removeprefix("refs/heads/")), oid.encode())
-            return oid
+        branch = branch.removeprefix("refs/heads/")
+        while True:  # until no other hub over this place was faster
+            with self._writing:
+                head = self.resolve(repo_id, f"refs/heads/{branch}")
+                if parent is not None and (len(parent) < 5 or not head.oid.startswith(parent)):
+                    raise HubError(
+                        f"{branch} of {repo_id} is at {head.oid}, no longer at {parent}: read it again and retry",
+                        status=412,
+                    )
+                tree = _edited(head.tree, edits)
+                if tree == head.tree:
+                    return head.oid
+                oid = self._write_commit(repo_id, parent=head.oid, title=title, message=message, tree=tree)
+                ref = self._ref(repo_id, "heads", branch)
+                if self.place.swap(ref, oid.encode(), expected=head.oid.encode()):
+                    return oid
 
     def _write_commit(
-        self, folder: Path, *, parent: str | None, title: str, message: str, tree: Mapping[str, Entry]
+        self, repo_id: str, *, parent: str | None, title: str, message: str, tree: Mapping[str, Entry]
     ) -> str:
         body = {
             "parent": parent,
@@ -275,58 +238,54 @@ class HubStore:
         }
         data = json.dumps(body, sort_keys=True).encode()
         oid = hashlib.sha256(data).hexdigest()[:40]
-        self._write(folder / "commits" / f"{oid}.json", data)
+        self.place.write(self._under(repo_id, f"commits/{oid}.json"), data)
         return oid
 
-    def _commit(self, repo_id: str, oid: str) -> Commit:
-        path = self._folder(repo_id) / "commits" / f"{oid}.json"
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:40] != oid:
-            raise HubError(f"{path} is damaged: its content no longer has the hash in its name", status=410)
+    def _read_commit(self, repo_id: str, oid: str) -> Commit:
+        name = self._under(repo_id, f"commits/{oid}.json")
+        data = self.place.read(name)
+        if data is None or hashlib.sha256(data).hexdigest()[:40] != oid:
+            raise HubError(
+                f"{name} in {self.place.where} is damaged: its content no longer has the hash in its name",
+                status=410,
+            )
         body = json.loads(data)
-        body["tree"] = {name: Entry(**entry) for name, entry in body["tree"].items()}
+        body["tree"] = {path: Entry(**entry) for path, entry in body["tree"].items()}
         return Commit(oid=oid, **body)
 
     # --- refs ------------------------------------------------------------------------------------------
 
-    def _ref(self, repo_id: str, kind: str, name: str) -> Path:
-        if not _is_ref_name(name):
+    def _ref(self, repo_id: str, kind: str, name: str) -> str:
+        if not is_ref_name(name):
             raise HubError(f"{name!r} is not a name for a branch or tag", status=400)
-        return self._folder(repo_id) / "refs" / kind / quote(name, safe="")
+        # One name for one ref: "~" is in no branch, and unlike "%2F" every S3 server lists it as it was written.
+        return self._under(repo_id, f"refs/{kind}/{name.replace('/', '~')}")
 
     def refs(self, repo_id: str, kind: str) -> dict[str, str]:
         """{name: commit id} of all branches (`heads`) or `tags`."""
         self.repo(repo_id)
-        folder = self._folder(repo_id) / "refs" / kind
-        return {unquote(path.name): path.read_text() for path in sorted(folder.iterdir())}
+        found = {}
+        for name in self.place.names(self._under(repo_id, f"refs/{kind}/")):
+            if (oid := self.place.read(name)) is not None:
+                found[name.rpartition("/")[2].replace("~", "/")] = oid.decode()
+        return found
 
     def create_ref(self, repo_id: str, kind: str, name: str, *, revision: str) -> None:
         with self._writing:
             oid = self.resolve(repo_id, revision).oid
-            path = self._ref(repo_id, kind, name)
-            if path.exists():
+            if not self.place.swap(self._ref(repo_id, kind, name), oid.encode(), expected=None):
                 raise HubError(f"Reference already exists: {name} of {repo_id}", status=409)
-            self._write(path, oid.encode())
 
     def delete_ref(self, repo_id: str, kind: str, name: str) -> None:
         if kind == "heads" and name == DEFAULT_BRANCH:
             raise HubError(f"{DEFAULT_BRANCH} cannot be deleted", status=403)
         with self._writing:
             self.repo(repo_id)
-            try:
-                self._ref(repo_id, kind, name).unlink()
-            except FileNotFoundError:
+            ref = self._ref(repo_id, kind, name)
+            if self.place.read(ref) is None:
                 message = f"{repo_id} has no {'branch' if kind == 'heads' else 'tag'} {name!r}"
-                raise HubError(message, status=404, code="RevisionNotFound") from None
-
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = self.blobs.new_incoming()
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+                raise HubError(message, status=404, code="RevisionNotFound")
+            self.place.delete(ref)
 
 
 def _edited(tree: Mapping[str, Entry], edits: Sequence[tuple[str, Entry | None]]) -> dict[str, Entry]:

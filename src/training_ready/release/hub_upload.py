@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import hashlib
 import hmac
 import json
@@ -21,8 +22,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from training_ready.release.hub_blobs import HubError, IncomingBlob
+from training_ready.release.hub_names import check_path
 from training_ready.release.hub_routes import Revision, Store, base_url
-from training_ready.release.hub_store import Entry, HubStore, check_path
+from training_ready.release.hub_store import Entry, HubStore
 
 # Up to here a text file is sent inside the commit (as base64, one line of it); larger or binary ones by LFS.
 INLINE_BYTES = 5 * 2**20
@@ -51,7 +53,7 @@ def preupload(
     tree = store.resolve(f"{owner}/{name}", revision).tree
     answers = []
     for file in body.files:
-        binary = b"\x00" in _decoded(file.sample)
+        binary = _is_binary(_decoded(file.sample))
         current = tree.get(check_path(file.path))
         if current is not None and store.blobs.size(current.sha256) != current.size:
             current = None  # lost or set aside: have it sent again
@@ -114,7 +116,7 @@ async def lfs_upload(
     incoming = IncomingBlob(store.blobs)
     try:
         async for chunk in request.stream():
-            incoming.write(chunk)
+            await run_in_threadpool(incoming.write, chunk)
             if incoming.size > size:
                 raise HubError(
                     f"more than the announced {size} bytes arrived; nothing was stored", status=422
@@ -198,6 +200,15 @@ def _decoded(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise HubError(f"not base64: {error}") from error
+
+
+def _is_binary(sample: bytes) -> bool:
+    """Whether the first bytes of a file are no text; a character cut off at their end does not count."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return True
+    return b"\x00" in sample
 
 
 def _refuse_pull_request(create_pr: bool) -> None:

@@ -260,6 +260,13 @@ class ObjectStore:
             )
         return stored
 
+    def keep_on_disk(self, info: ObjectInfo, path: Path) -> None:
+        """Lay the object that was just written from ``path`` into the cache, if there is one, for its readers."""
+        if self.cache is not None:
+            from training_ready.storage.ranges import lay_into_cache
+
+            lay_into_cache(self, info, path, self.cache)
+
     def delete(self, key: str) -> None:
         """Remove the object; one that is not there is no error, as in S3 itself."""
         self.call(

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -144,8 +145,7 @@ class CachedFetcher:
     def __init__(self, store: ObjectStore, info: ObjectInfo, patience: float, cache: DiskCache) -> None:
         self._fetcher = RangeFetcher(store, info, patience)
         self._cache, self._size, self._traffic = cache, info.size, store.traffic
-        version = (store.settings.endpoint_name, store.bucket, info.key, info.etag, str(info.size))
-        self._version = hashlib.sha256("\0".join(version).encode()).hexdigest()[:40]
+        self._version = _version_of(store, info)
 
     def fetch(self, start: int, stop: int, wanted: Callable[[], bool]) -> bytes:
         """The bytes [start, stop), as :meth:`RangeFetcher.fetch`."""
@@ -162,3 +162,21 @@ class CachedFetcher:
                 self._traffic.add(cache_misses=1)
             parts.append(data[max(0, start - first) : stop - first])
         return b"".join(parts)
+
+
+def lay_into_cache(store: ObjectStore, info: ObjectInfo, path: Path, cache: DiskCache) -> None:
+    """The blocks that a :class:`CachedFetcher` would fetch, from the file that the object was written from."""
+    version = _version_of(store, info)
+
+    def part(first: int) -> bytes:
+        with path.open("rb") as source:
+            source.seek(first)
+            return source.read(cache.block_bytes)
+
+    for number, first in enumerate(range(0, info.size, cache.block_bytes)):
+        cache.block(f"{version}-{number:x}", partial(part, first))
+
+
+def _version_of(store: ObjectStore, info: ObjectInfo) -> str:
+    version = (store.settings.endpoint_name, store.bucket, info.key, info.etag, str(info.size))
+    return hashlib.sha256("\0".join(version).encode()).hexdigest()[:40]

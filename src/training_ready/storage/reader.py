@@ -52,6 +52,7 @@ class RangedReader(io.RawIOBase):
         range_bytes: int = 4 * _MIB,
         in_flight: int = 8,
         ahead: bool = True,
+        whole: bool = False,
         compare: bool = False,
         patience: float = 300.0,
     ) -> None:
@@ -59,6 +60,7 @@ class RangedReader(io.RawIOBase):
 
         Args:
             ahead: fetch ahead of sequential reads; False fetches only what is asked for (at least 64 KiB).
+            whole: it will be read to its end, so fetch as far ahead as allowed from the first byte on.
             compare: if the whole object is read in order, its bytes must have the MD5 that its ETag is, where the
                 ETag is one; a jump past unread bytes ends that.
             patience: seconds without a single byte after which a range gives up.
@@ -82,7 +84,7 @@ class RangedReader(io.RawIOBase):
         self._window = range_bytes * in_flight
         self._position = 0
         self._expected = 0  # where a read would continue the one before
-        self._run = 0  # bytes read without a jump
+        self._run = self._window if whole else 0  # bytes read without a jump
         self._segments: deque[_Segment] = deque()
         self._plans = 0  # fetches that belong to an older plan may give up
         self._pid = os.getpid()
@@ -130,6 +132,13 @@ class RangedReader(io.RawIOBase):
                 f"{self.name}: its bytes 0 to {self.info.size} have the MD5 {self._digest.hexdigest()}, its ETag is "
                 f"{self.info.etag}: damaged on the way or in the store. Read it again; then upload it again."
             )
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of the pinned version, wherever the reader stands. Safe for several threads."""
+        size = self._range_bytes
+        return b"".join(
+            self._fetcher.fetch(at, min(at + size, stop), lambda: True) for at in range(start, stop, size)
+        )
 
     def readall(self) -> bytes:
         """The rest of the object."""

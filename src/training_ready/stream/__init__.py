@@ -1,6 +1,7 @@
 """Which tokens come next? Corpus shards → rows → chat template → tokens → packs, in an order that resumes exactly.
 
-``training_ready.stream.load`` gives the packs of a corpus as a ``datasets.IterableDataset``, without any trainer.
+``training_ready.stream.load`` gives the packs of corpora and raw objects as a ``datasets.IterableDataset``, without
+any trainer.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training_ready.stream.loading import load
+    from training_ready.stream.loading import CorpusPart, RawPart, load
 
-__all__ = ["load"]
+__all__ = ["CorpusPart", "RawPart", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "load":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from training_ready.stream.loading import load  # imports datasets, which takes seconds
+    from training_ready.stream import loading  # imports datasets, which takes seconds
 
-    return load
+    return getattr(loading, name)

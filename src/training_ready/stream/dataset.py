@@ -5,6 +5,7 @@ Example of what one item holds, for a pack of two conversations of 3 and 2 token
     input_ids    [5, 6, 7, 8, 9]
     labels       [-100, 6, 7, -100, 9]
     seq_lengths  [3, 2]
+    domains      ["mental_health", ""]     what each conversation is about; empty where the corpus does not say
 
 After the last pack of a plan that has an end come empty packs, to fill the last global batch: one token, not learned.
 """
@@ -172,11 +173,17 @@ class PackIterable(_BaseExamplesIterable):
 def _example(rows: list[RenderedConversation]) -> dict[str, Any]:
     if not rows:
         nothing = np.array([_EMPTY_TOKEN], dtype=np.int64)
-        return {"input_ids": nothing, "labels": np.array([IGNORED_LABEL]), "seq_lengths": [1]}
+        return {
+            "input_ids": nothing,
+            "labels": np.array([IGNORED_LABEL]),
+            "seq_lengths": [1],
+            "domains": [""],
+        }
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     learned = np.concatenate([row.learned for row in rows])
     return {
         "input_ids": input_ids,
         "labels": np.where(learned, input_ids, IGNORED_LABEL),
         "seq_lengths": [len(row.input_ids) for row in rows],
+        "domains": [row.domain for row in rows],
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple
 
 from training_ready.stream.blocks import BlockReader, TokenBlock
 from training_ready.stream.plan import PackAddress, PackPlan
@@ -21,6 +23,18 @@ _THREADS = 8
 _Group = tuple[int, int]
 _Blocks = dict[int, Future[TokenBlock]]
 Addressed = tuple[int, PackAddress | None]
+
+
+class _Threads(NamedTuple):
+    """Many fetch, one decodes."""
+
+    fetch: ThreadPoolExecutor
+    decode: ThreadPoolExecutor
+
+    def read(self, reader: BlockReader, block: int) -> Future[TokenBlock]:
+        return self.fetch.submit(
+            lambda: self.decode.submit(reader.decode, block, reader.fetch(block)).result()
+        )
 
 
 class PackReader:
@@ -39,14 +53,25 @@ class PackReader:
         """Stored bytes of the blocks that were fetched."""
         return sum({id(reader): reader.bytes_read for reader in self._readers}.values())
 
+    def traffic(self) -> Counter[str]:
+        """What reading has cost so far, by the names of :class:`training_ready.storage.traffic.Cost`."""
+        stores = {id(reader.store): reader.store for reader in self._readers}.values()
+        return sum((Counter(asdict(store.traffic.cost())) for store in stores), Counter())
+
     def read(self, addresses: Iterable[Addressed]) -> Iterator[tuple[int, list[RenderedConversation]]]:
         """(position, rows) of each (position, address); no rows at an empty position."""
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="stream") as threads:
+        with (
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="stream") as threads,
+            # One thread decodes: Arrow's allocator keeps memory for every thread that ever used it.
+            ThreadPoolExecutor(1, thread_name_prefix="stream-decode") as decoder,
+        ):
             held: dict[_Group, _Blocks] = {}
             needed: Counter[_Group] = Counter()  # packs in sight, and lanes that stand in it
             standing: dict[tuple[int, int], _Group] = {}  # (part, lane)
             try:
-                for position, address, let_go in self._in_sight(addresses, needed, standing, held, threads):
+                for position, address, let_go in self._in_sight(
+                    addresses, needed, standing, held, _Threads(threads, decoder)
+                ):
                     yield position, self._rows(address, held) if address else []
                     if address:
                         needed[address.part, address.group] -= 1
@@ -55,6 +80,7 @@ class PackReader:
                             held.pop(group, None)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
+                decoder.shutdown(wait=False, cancel_futures=True)
 
     def _in_sight(
         self,
@@ -62,7 +88,7 @@ class PackReader:
         needed: Counter[_Group],
         standing: dict[tuple[int, int], _Group],
         held: dict[_Group, _Blocks],
-        threads: ThreadPoolExecutor,
+        threads: _Threads,
     ) -> Iterator[tuple[int, PackAddress | None, list[_Group]]]:
         """The addresses, each when the next ``_AHEAD`` are being fetched, with the groups that lanes have left."""
         window: deque[Addressed] = deque()
@@ -88,17 +114,17 @@ class PackReader:
                 return
             yield *window.popleft(), left
 
-    def _fetch(self, group: _Group, threads: ThreadPoolExecutor) -> _Blocks:
+    def _fetch(self, group: _Group, threads: _Threads) -> _Blocks:
         part, number = group
         reader = self._readers[part]
         blocks = self.plan.lines[part].groups[number].tolist()
-        return {block: threads.submit(reader.read, block) for block in blocks}
+        return {block: threads.read(reader, block) for block in blocks}
 
     def _rows(self, address: PackAddress, held: dict[_Group, _Blocks]) -> list[RenderedConversation]:
         line, blocks = self.plan.lines[address.part], held[address.part, address.group]
         rows = self.plan.rows(address)
-        starts = line.index.block_starts
+        starts, cells, cell_of_row = line.index.block_starts, line.index.cells, line.index.cell_of_row
         return [
-            blocks[block].result().row(int(row - starts[block]))
+            blocks[block].result().row(int(row - starts[block]), cells[cell_of_row[row]].domain)
             for row, block in zip(rows.tolist(), line.blocks_of(rows).tolist(), strict=True)
         ]

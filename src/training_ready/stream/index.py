@@ -6,7 +6,7 @@ there are::
     row      0    1    2    3    4    5  ...        over all shards, in order
     length  212  840   97  433  512   60            int32
     learned  90  301   40  120  256   21            int32
-    cell      0    0    1    0    2    1            int16, number of a (source, stage, components)
+    cell      0    0    1    0    2    1            int16, number of a (source, stage, components, domain)
     block    |------ 0 ------|------ 1 ...          one row group of a token shard
 """
 
@@ -36,6 +36,7 @@ class Cell(NamedTuple):
     source: str
     stage: str
     components: tuple[str, ...] = ()
+    domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,26 @@ class TokenIndex:
 
     block_starts: npt.NDArray[np.int64] = dataclasses.field(init=False, repr=False)
     _shard_starts: npt.NDArray[np.int64] = dataclasses.field(init=False, repr=False)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenIndex]) -> TokenIndex:
+        """The rows of several indexes, one after the other."""
+        counts, cells, cell_of_row = TokenCounts(), dict[Cell, int](), []
+        for part in parts:
+            counts.add(part.counts)
+            numbers = [cells.setdefault(cell, len(cells)) for cell in part.cells]
+            cell_of_row.append(np.asarray(numbers, dtype=np.int16)[part.cell_of_row])
+        return cls(
+            shards=tuple(shard for part in parts for shard in part.shards),
+            shard_blocks=tuple(blocks for part in parts for blocks in part.shard_blocks),
+            block_rows=np.concatenate([part.block_rows for part in parts]),
+            block_bytes=np.concatenate([part.block_bytes for part in parts]),
+            lengths=np.concatenate([part.lengths for part in parts]),
+            learned=np.concatenate([part.learned for part in parts]),
+            cell_of_row=np.concatenate(cell_of_row),
+            cells=tuple(cells),
+            counts=counts,
+        )
 
     @property
     def rows(self) -> int:
@@ -105,7 +126,9 @@ class TokenIndex:
             lengths=table["length"].to_numpy(),
             learned=table["learned"].to_numpy(),
             cell_of_row=table["cell"].to_numpy(),
-            cells=tuple(Cell(source, stage, tuple(parts)) for source, stage, parts in header["cells"]),
+            cells=tuple(
+                Cell(source, stage, tuple(parts), of) for source, stage, parts, of in header["cells"]
+            ),
             counts=TokenCounts(**header["counts"]),
         )
 

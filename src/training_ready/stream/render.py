@@ -46,10 +46,11 @@ class RenderError(TrainingReadyError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedConversation:
-    """One conversation as tokens: ``input_ids`` int32 (T,), ``learned`` bool (T,)."""
+    """One conversation as tokens: ``input_ids`` int32 (T,), ``learned`` bool (T,), ``domain`` empty if unknown."""
 
     input_ids: npt.NDArray[np.int32]
     learned: npt.NDArray[np.bool_]
+    domain: str = ""
 
 
 class ChatRenderer:

@@ -53,7 +53,7 @@ def read_corpus_shard(
 def _copy_verified(store: ObjectStore, shard: CorpusShard, out: IO[bytes]) -> None:
     digest, uri = hashlib.sha256(), store.uri(shard.key)
     try:
-        with store.open(shard.key) as reader:
+        with store.open(shard.key, whole=True) as reader:
             while chunk := reader.read(1 << 22):
                 digest.update(chunk)
                 out.write(chunk)

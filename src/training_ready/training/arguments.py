@@ -48,8 +48,11 @@ def model_config(recipe: Recipe) -> ModelConfig:
     return ModelConfig(**recipe.trl_group("ModelConfig"))
 
 
-def distributed_config(recipe: Recipe) -> DistributedConfig | None:
+def distributed_config(recipe: Recipe, ranks: int | None = None) -> DistributedConfig | None:
     """``model_init_kwargs.distributed_config``: FSDP2 and expert parallelism of transformers itself.
+
+    Args:
+        ranks: processes of the run; None: those of this launch.
 
     Raises:
         ArgumentsError: another keyword is given, the sizes do not fit, or the model starts from scratch.
@@ -78,7 +81,7 @@ def distributed_config(recipe: Recipe) -> DistributedConfig | None:
             "while loading, so such a run cannot be continued. Set save_only_model: true and leave "
             "resume_from_checkpoint out, or shard with accelerate's FSDP2"
         )
-    ranks = world()[1]
+    ranks = world()[1] if ranks is None else ranks
     if chosen.dp_size != ranks:
         raise ArgumentsError(
             "model_init_kwargs.distributed_config: fsdp_size x dp_replicate_size = "

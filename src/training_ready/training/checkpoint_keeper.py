@@ -77,9 +77,13 @@ class CheckpointKeeper:
             shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(self._output_dir).free
         complete, _ = checkpoints_in(self._output_dir)
-        kept = f"{complete[-1]} is complete and untouched" if complete else "there is no earlier checkpoint"
+        if complete:
+            takes = sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
+            kept = f"{complete[-1]}, which takes {takes:,}, is complete and untouched"
+        else:
+            kept = "there is no earlier checkpoint"
         return SaveError(
-            f"step {step} could not be saved to {folder} ({free:,} bytes are free there now that its files are "
-            f"removed): {type(error).__name__}: {error}\n{kept}. Make room, or lower save_total_limit, and continue "
-            "with resume_from_checkpoint=auto."
+            f"step {step} could not be saved to {folder}: {type(error).__name__}: {error}\n{free:,} bytes are free "
+            f"there now that its files are removed; {kept}. Make room, or lower save_total_limit, and continue with "
+            "resume_from_checkpoint=auto."
         )

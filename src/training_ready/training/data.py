@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,7 @@ class _Corpora:
     ) -> None:
         self._renderer, self._console = renderer, console
         self._policy = LengthPolicy(max_length=max_length, overlong=recipe.stream.overlong)
+        self._workers = recipe.stream.tokenise_workers or _cores_of_this_rank()
         self._open = {recipe.data.corpus: (manifest, store)}
         self._main = recipe.data.corpus
         self._tokens: dict[tuple[str, str], TokenSet] = {}
@@ -142,7 +144,7 @@ class _Corpora:
                 name=f"{manifest.name} {split}",
                 store=store,
                 prefix=f"{prefix}/tokens",
-                index=_tokenise(cache, manifest, split, self._console),
+                index=_tokenise(cache, manifest, split, self._workers, self._console),
             )
         return self._tokens[key]
 
@@ -209,7 +211,13 @@ def _refuse_too_many_steps(packs: PackReader, max_steps: int, global_batch: int)
         )
 
 
-def _tokenise(cache: TokenCache, manifest: Manifest, split: str, console: Console) -> TokenIndex:
+def _cores_of_this_rank() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def _tokenise(
+    cache: TokenCache, manifest: Manifest, split: str, workers: int, console: Console
+) -> TokenIndex:
     rank, world_size = world()
     shards = manifest.shards_of(split)
     if not shards:
@@ -220,7 +228,13 @@ def _tokenise(cache: TokenCache, manifest: Manifest, split: str, console: Consol
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"tokenising {split}", total=mine)
-        ready = cache.ensure(shards, rank=rank, world_size=world_size, advance=lambda n: bar.advance(task, n))
+        ready = cache.ensure(
+            shards,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            advance=lambda n: bar.advance(task, n),
+        )
     counts = ready.counts
     logger.info(
         f"{split}: {counts.rows} conversations, {counts.tokens} tokens, {counts.learned_tokens} learned; truncated "

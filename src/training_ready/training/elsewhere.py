@@ -10,6 +10,13 @@ _STREAM = "the stream makes its own batches and reads ahead by itself"
 
 ELSEWHERE = {
     "push_to_hub": "a release is exported, verified and pushed after the run: `training-ready release publish`",
+    "hub_model_id": "release.repo_id names the repository",
+    "hub_strategy": "a release is pushed once, after the run; checkpoint.mirror keeps checkpoints in a bucket",
+    "hub_revision": "a release is pushed to main",
+    "hub_private_repo": "a repository that a push creates is private unless told otherwise",
+    "hub_always_push": "nothing is pushed while the run trains",
+    "enable_jit_checkpoint": "SIGTERM always ends a run with a checkpoint",
+    "packing_strategy": "packs are filled best-fit-decreasing; stream.overlong says what happens to long conversations",
     "assistant_only_loss": "data.target_role says whose turns are learned",
     "completion_only_loss": "data.target_role says whose turns are learned",
     "eval_packing": "evaluation packs as training does (`packing`)",
@@ -37,4 +44,8 @@ def unread(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _harmless(key: str) -> object:
     """A value that says in TRL's words what happens here anyway."""
-    return {"truncation_mode": "keep_start", "train_sampling_strategy": "random"}.get(key)
+    return {
+        "truncation_mode": "keep_start",
+        "train_sampling_strategy": "random",
+        "packing_strategy": "bfd",
+    }.get(key)

@@ -35,24 +35,21 @@ def adapt_experts(model: Any, chosen: ExpertAdaptersSection) -> str:
     )
 
 
-def write_adapters(model: Any, folder: Path) -> None:
-    """Add the experts' adapters to the adapter that PEFT has written to ``folder``, if it has."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    save_expert_adapters(model, folder, base_model=inner.config._name_or_path)
+class ExpertAdapterFiles:
+    """The experts' adapters, beside those of PEFT on other layers if there are any."""
 
+    def write(self, model: Any, folder: Path) -> None:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        save_expert_adapters(model, folder, base_model=inner.config._name_or_path)
 
-def read_adapters(model: Any, folder: Path) -> None:
-    """Restore every adapter of a checkpoint.
-
-    Raises ResumeError or MoEError when the checkpoint and the model differ.
-    """
-    others = fill_expert_adapters(model, folder)
-    strange = list(others)
-    if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, others)
-        lacking = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
-        strange = [*result.unexpected_keys, *lacking]
-    if strange:
-        raise ResumeError(
-            f"{folder}: its adapter does not fit this model: {', '.join(sorted(strange)[:3])} …"
-        )
+    def read(self, model: Any, folder: Path) -> None:
+        others = fill_expert_adapters(model, folder)
+        strange = list(others)
+        if isinstance(model, PeftModel):
+            result = set_peft_model_state_dict(model, others)
+            lacking = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+            strange = [*result.unexpected_keys, *lacking]
+        if strange:
+            raise ResumeError(
+                f"{folder}: its adapter does not fit this model: {', '.join(sorted(strange)[:3])} …"
+            )

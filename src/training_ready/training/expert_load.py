@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training_ready.moe.families import MoEError
@@ -19,17 +20,22 @@ MAX_EXPERT_METRICS = 256
 """Above so many (layer, expert) pairs a tracker gets the worst layers only; the pictures show all."""
 
 
-class ExpertLoadLog:
-    """Shares of the routed tokens per layer and expert, since the last log and since the start."""
+LOAD_STATE = "expert_load.safetensors"
 
-    def __init__(self, model: nn.Module, moe: MoeSection) -> None:
+
+class ExpertLoadLog:
+    """Shares of the routed tokens per layer and expert, since the last log and since the run's first step."""
+
+    def __init__(self, model: nn.Module, moe: MoeSection, *, start: int = 0) -> None:
+        """``start``: steps that were done before this process."""
         self.monitor = ExpertLoadMonitor(model)
         self._warn_below, self._stop_after = moe.warn_min_share, moe.stop_on_dead_steps
         self._logged: Tensor | None = None
         self._last_used: Tensor | None = None
+        self._last_step = start
 
-    def since_last_log(self, step: int, steps: int) -> dict[str, float]:
-        """Metrics of the last ``steps`` steps up to ``step`` over all ranks; a collective call.
+    def since_last_log(self, step: int) -> dict[str, float]:
+        """Metrics of the steps since the last log up to ``step`` over all ranks; a collective call.
 
         Raises :class:`MoEError` on every rank when an expert has been dead for ``moe.stop_on_dead_steps``.
         """
@@ -38,7 +44,8 @@ class ExpertLoadLog:
         self._logged = counts
         layers = [layer_load(layer, row) for layer, row in zip(self.monitor.layers, recent, strict=True)]
         snapshot = LoadSnapshot(phase="train", tokens=int(recent.sum(dim=1).max()), layers=layers)
-        self._judge(step, steps, recent)
+        self._judge(step, recent)
+        self._last_step = step
         metrics = snapshot.metrics()
         if recent.numel() <= MAX_EXPERT_METRICS:
             metrics |= {
@@ -58,12 +65,37 @@ class ExpertLoadLog:
         return {f"eval_{name}": value for name, value in snapshot.metrics().items()}
 
     def total(self) -> LoadSnapshot:
-        """Over all training tokens of this process's lifetime; a collective call."""
+        """Over all training tokens of the run, those before a restart included; a collective call."""
         return self.monitor.snapshot("train")
 
-    def _judge(self, step: int, steps: int, recent: Tensor) -> None:
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a restart would forget; a collective call."""
+        counted = self.monitor.state()
+        pairs = counted[:, : self.monitor.family.num_experts]
+        zeros = torch.zeros_like(pairs)
+        return {
+            "counted": counted,
+            "logged": zeros if self._logged is None else self._logged,
+            "last_used": zeros if self._last_used is None else self._last_used,
+            "last_step": torch.tensor([self._last_step]),
+        }
+
+    def restore(self, checkpoint: Path, *, here: bool) -> None:
+        """Go on from what a checkpoint counted. ``here``: this is the rank that adds it to its own counts."""
+        if not (checkpoint / LOAD_STATE).is_file():
+            logger.warning(
+                f"{checkpoint} holds no {LOAD_STATE}: the experts' load is counted from here on only"
+            )
+            return
+        state = load_file(checkpoint / LOAD_STATE)
+        if here:
+            self.monitor.restore(state["counted"])
+        self._logged, self._last_used = state["logged"], state["last_used"]
+        self._last_step = int(state["last_step"])
+
+    def _judge(self, step: int, recent: Tensor) -> None:
         if self._last_used is None:
-            self._last_used = torch.full_like(recent, step - steps)
+            self._last_used = torch.full_like(recent, self._last_step)
         self._last_used[recent > 0] = step
         shares = recent / recent.sum(dim=1, keepdim=True).clamp(min=1)
         if self._warn_below is not None and bool((shares < self._warn_below).any()):
@@ -82,3 +114,8 @@ class ExpertLoadLog:
                 f"{int(idle.max())}. Raise moe.balance_coefficient or lower learning_rate, and continue from the last "
                 "checkpoint or start anew."
             )
+
+
+def save_load(state: dict[str, Tensor], folder: Path) -> None:
+    """Write a :meth:`ExpertLoadLog.state` into a checkpoint."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / LOAD_STATE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,9 @@ Check = Callable[[str, Sequence[str], Sequence[str]], None]
 
 def _prepare_environment(recipe: Recipe) -> None:
     """Before the first import of torch and transformers, which read their settings from the environment."""
-    die_with_parent()  # a launcher that is killed leaves no process behind that goes on writing to the run folder
+    # A launcher that is killed leaves no process behind that goes on writing to the run folder. A rank of several dies
+    # at once: to save takes all of them, and the next start may already be reading the checkpoints.
+    die_with_parent(signal.SIGKILL if "LOCAL_RANK" in os.environ else signal.SIGTERM)
     os.environ.update(recipe.env)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -24,6 +24,7 @@ from training_ready.corpus.manifest import Manifest
 from training_ready.moe.families import moe_family
 from training_ready.moe.monitor import LoadSnapshot
 from training_ready.moe.plots import plot_expert_load
+from training_ready.moe.quant import quantise_experts
 from training_ready.recipe.recipe import Recipe
 from training_ready.storage.objects import ObjectStore
 from training_ready.stream.render import ChatRenderer
@@ -42,7 +43,9 @@ from training_ready.training.preemption import EvaluationAbandoned, StopReason, 
 from training_ready.training.resume import bring_metrics, bucket_of, checkpoint_to_resume, open_mirror
 from training_ready.training.run_folder import RunFolder
 from training_ready.training.scratch import ModelError
+from training_ready.training.shared_experts import share_base
 from training_ready.training.tokenizer import load_tokenizer, trained_once
+from training_ready.training.trained_part import TrainedPart
 from training_ready.training.trainer import StreamSFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,8 +88,8 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
             held.enter_context(mirror).catch_up(folder.path)
 
         # ------------------------------------------------- model and trainer
-        model = _model(recipe, model_args, tokenizer, args.seed)
-        trainer = _trainer_for(model, recipe)(
+        model, part = _model(recipe, model_args, tokenizer, args)
+        trainer = _trainer_for(model, recipe, part)(
             model=model,
             args=args,
             packs=data.packs,
@@ -113,9 +116,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
                 evaluation = _final_evaluation(trainer)
         if stop.reason is not StopReason.NONE:
             return _stopped(stop, trainer, folder)
-        load = (
-            trainer.expert_load.total() if isinstance(trainer, MoETrainer) and trainer.expert_load else None
-        )
+        load, domains = trainer.watched() if isinstance(trainer, MoETrainer) else (None, None)
         if mirror is not None:
             mirror.finish()  # a run is done when its last checkpoint is where it was promised to be
 
@@ -137,7 +138,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
                     "data": summary.data_facts(recipe, data),
                     "tokens": summary.token_facts(data, trainer.packs_consumed),
                     "loss": summary.loss_facts(folder, evaluation),
-                    "moe": summary.moe_facts(load, folder) if load else None,
+                    "moe": summary.moe_facts(load, domains, folder) if load else None,
                     "model": summary.model_facts(model, model_args),
                     "versions": summary.versions(),
                     "hardware": summary.hardware(args.device),
@@ -164,10 +165,12 @@ def _stopped(stop: StopTogether, trainer: StreamSFTTrainer, folder: RunFolder) -
     return folder.path
 
 
-def _trainer_for(model: PreTrainedModel, recipe: Recipe) -> Callable[..., StreamSFTTrainer]:
+def _trainer_for(
+    model: PreTrainedModel, recipe: Recipe, part: TrainedPart | None
+) -> Callable[..., StreamSFTTrainer]:
     """The trainer of this kind of model."""
     if moe_family(model.config) is not None:
-        return partial(MoETrainer, moe=recipe.moe)
+        return partial(MoETrainer, moe=recipe.moe, part=part)
     if recipe.moe.adapters is not None:
         raise ModelError(f"moe.adapters: {type(model).__name__} is dense, it has no experts to adapt")
     return StreamSFTTrainer
@@ -230,11 +233,18 @@ def _tokenizer(
 
 
 def _model(
-    recipe: Recipe, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> PreTrainedModel:
-    if recipe.model.config is None:
-        return load_model(model_args, distributed=distributed_config(recipe))
-    return build_model(recipe.model.config, tokenizer, model_args=model_args, seed=seed)
+    recipe: Recipe, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> tuple[PreTrainedModel, TrainedPart | None]:
+    """The model to train, and what of it a checkpoint holds where that is not the model's own affair."""
+    if recipe.model.config is not None:
+        return build_model(recipe.model.config, tokenizer, model_args=model_args, seed=args.seed), None
+    model = load_model(model_args, distributed=distributed_config(recipe))
+    if recipe.moe.shared_base is not None:
+        return share_base(model, recipe.moe.shared_base, seed=args.seed)
+    if recipe.moe.experts_4bit is not None:
+        size = quantise_experts(model, double=recipe.moe.experts_4bit == "nf4_double", device=args.device)
+        logger.info(f"experts in NF4: {size / 1e9:.3f} GB")
+    return model, None
 
 
 def _start(

@@ -16,6 +16,9 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,22 @@ class RunFolder:
             write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """
+        Raises:
+            RunFolderError: the disk is full; no half of the line stays.
+        """
+        path = self.path / METRICS
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise RunFolderError(
+                f"{path} cannot be written: {error}. {shutil.disk_usage(self.path).free:,} bytes are free there. Make "
+                "room and continue with resume_from_checkpoint=auto; complete checkpoints are untouched."
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self.path / METRICS

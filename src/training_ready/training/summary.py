@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from dataclasses import asdict
@@ -14,7 +15,10 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from training_ready.corpus.manifest import Manifest
+from training_ready.moe.families import moe_family, routed_layers
 from training_ready.moe.monitor import LoadSnapshot
+from training_ready.moe.quant import quantised_experts
+from training_ready.moe.shared_base import SharedExperts
 from training_ready.recipe.recipe import Recipe
 from training_ready.stream.plan import fill_of, tokens_by_source
 from training_ready.training.arguments import world
@@ -47,6 +51,8 @@ def _source_facts(manifest: Manifest) -> list[dict[str, Any]]:
             "records_in": source.records_in,
             "kept": source.kept,
             "rejected": source.rejected,
+            "pii_status": source.pii_status,
+            "consent": source.consent,
         }
         for source in manifest.sources
     ]
@@ -80,12 +86,13 @@ def token_facts(data: RunData, packs_consumed: int) -> dict[str, Any]:
     }
 
 
-def moe_facts(load: LoadSnapshot, folder: RunFolder) -> dict[str, Any]:
+def moe_facts(load: LoadSnapshot, domains: dict[str, Any] | None, folder: RunFolder) -> dict[str, Any]:
     aux = folder.series("aux_loss")
     return {
         "layers": [{"layer": one.layer, "load": one.load, "entropy": one.entropy} for one in load.layers],
         "aux_loss_first": aux[0][1] if aux else None,
         "aux_loss_last": aux[-1][1] if aux else None,
+        "domains": domains,
     }
 
 
@@ -101,13 +108,28 @@ def loss_facts(folder: RunFolder, evaluation: dict[str, float]) -> dict[str, Any
 def model_facts(model: PreTrainedModel, model_args: ModelConfig) -> dict[str, Any]:
     return {
         "architecture": type(model).__name__,
-        "parameters_total": sum(_size(parameter) for parameter in model.parameters()),
+        "parameters_total": _total(model),
         "parameters_trainable": sum(
             _size(parameter) for parameter in model.parameters() if parameter.requires_grad
         ),
         "base_model": model_args.model_name_or_path,
         "base_revision": getattr(model.config, "_commit_hash", None),
     }
+
+
+def _total(model: PreTrainedModel) -> int:
+    """Parameters of the model; experts in four bits count as weights, those over a shared base as in the release."""
+    total = sum(_size(parameter) for parameter in model.parameters())
+    if moe_family(model.config) is None:
+        return total
+    total += sum(math.prod(quantised.shape) for _, quantised in quantised_experts(model))
+    for routed in routed_layers(model):
+        experts = routed.block.experts
+        if isinstance(experts, SharedExperts):
+            shared = sum(_size(weight) for weight in experts.shared.parameters())
+            differences = sum(_size(weight) for weight in experts.adapters.parameters())
+            total += (experts.num_experts - 1) * shared - differences
+    return total
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,6 +193,15 @@ class StreamSFTTrainer(SFTTrainer):
             keeper.seal(step, reached, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
             raise keeper.failed(step, error) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").exists():
+            # With SHARDED_STATE_DICT Trainer leaves all this out, and shards alone are no model.
+            self.model.config.save_pretrained(folder)
+            self.model.generation_config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
 
     @contextmanager
     def _rotation_is_ours(self) -> Iterator[None]:

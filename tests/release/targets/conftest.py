@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from training_ready.release.export import write_release
 from training_ready.release.targets.conversations import multilingual_text
@@ -178,8 +184,12 @@ def tiny_release(
             }
             torch.manual_seed(7)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-            folder = tmp_path_factory.mktemp(name) / "release"
-            built[name] = write_release(sharpened(model), tokenizer, folder, end_of_turn_ids=[3])
+            place = tmp_path_factory.mktemp(name)
+            # Beside a qwen2 configuration transformers reads every tokenizer as Qwen's, so it has to be one.
+            model.config.save_pretrained(place / "tokenizer")
+            tokenizer.save_pretrained(place / "tokenizer")
+            own = AutoTokenizer.from_pretrained(place / "tokenizer")
+            built[name] = write_release(sharpened(model), own, place / "release", end_of_turn_ids=[3])
         return built[name]
 
     return build

@@ -184,11 +184,15 @@ def test_a_template_that_drops_plain_text_is_refused(tiny_release: Build, tmp_pa
     release = tmp_path / "release"
     shutil.copytree(tiny_release("mixtral"), release)
     template = (
-        "{% for m in messages %}{% for p in m.content if p is mapping %}{{ p.text }}{% endfor %}{% endfor %}"
+        "{% for m in messages %}{% for p in m.content if p is mapping %}{{ p.KEY }}{% endfor %}{% endfor %}"
     )
-    (release / "chat_template.jinja").write_text(template)
+    (release / "chat_template.jinja").write_text(template.replace("KEY", "caption"))
     with pytest.raises(ExportError, match=r"plain text does not reach the prompt.*vllm"):
         export_release(release, tmp_path / "out", "tgi")
+    (release / "chat_template.jinja").write_text(
+        template.replace("KEY", "text")
+    )  # parts of text: made from text
+    export_release(release, tmp_path / "out", "tgi")
 
 
 def test_narrow_heads_become_wide_ones_that_compute_the_same(tiny_release: Build, tmp_path: Path) -> None:
@@ -234,11 +238,13 @@ def test_fused_experts_are_written_one_by_one(tiny_release: Build, tmp_path: Pat
 def test_qwen2_with_a_tokenizer_of_its_own_is_not_what_transformers_loads(
     tiny_release: Build, tmp_path: Path
 ) -> None:
-    release = tiny_release("qwen2")
-    out = export_release(release, tmp_path / "out", "hf").folder
-    ids = verify_export(out, release, "hf", cache=tmp_path)[1]
-    assert ids.check == "token ids"
-    assert not ids.passed
+    release = tmp_path / "release"
+    shutil.copytree(tiny_release("qwen2"), release)
+    for tokenizer_of, right in (("qwen2", True), ("llama", False)):
+        shutil.copyfile(tiny_release(tokenizer_of) / "tokenizer.json", release / "tokenizer.json")
+        out = export_release(release, tmp_path / tokenizer_of, "hf").folder
+        ids = verify_export(out, release, "hf", cache=tmp_path)[1]
+        assert (ids.check, ids.passed) == ("token ids", right)
 
 
 def test_another_folder_is_never_replaced_and_a_refusal_leaves_nothing(

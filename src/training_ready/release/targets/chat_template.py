@@ -12,7 +12,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from training_ready.release.export import ExportError
+from training_ready.release.targets.render import wants_parts
 from training_ready.release.targets.template_rules import RULES, operand
+
+# Before a template that knows lists of parts only: an engine passes a text as it is.
+_TEXT_IN_PARTS = (
+    "{%- set turns_in_parts = namespace(all=[]) -%}"
+    "{%- for turn in messages -%}"
+    "{%- set part = {'role': turn.role, 'content': [{'type': 'text', 'text': turn.content}]} -%}"
+    "{%- set turns_in_parts.all = turns_in_parts.all + [part if turn.content is string else turn] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = turns_in_parts.all %}"
+)
 
 
 class Token(NamedTuple):
@@ -35,6 +46,11 @@ def normalise(template: str, constants: Mapping[str, str | None] | None = None) 
         return parts
 
     return _rewritten(template, expression)
+
+
+def taking_text(template: str, special: Mapping[str, str]) -> str:
+    """The template, to be given texts: one that knows lists of parts only makes them itself."""
+    return _TEXT_IN_PARTS + template if wants_parts(template, special) else template
 
 
 def methods_as_calls(template: str, methods: Collection[str], function: str) -> str:

@@ -66,6 +66,7 @@ def release_verify(
     from transformers.utils.logging import disable_progress_bar
 
     from training_ready.release.export import ExportError
+    from training_ready.release.served_by import keep_report
     from training_ready.release.targets.pinned import cache_folder
     from training_ready.release.targets.verify import verify_export
 
@@ -75,8 +76,10 @@ def release_verify(
     console = Console(stderr=True)
     with console.status(f"Loading {folder} as {target} would"):
         findings = verify_export(folder, release, target, cache=cache_dir or cache_folder(), dtype=dtype)
+    checks = [asdict(finding) for finding in findings]
+    keep_report(folder, release, target=target, dtype=dtype, checks=checks)
     if json:
-        typer.echo(dumps([asdict(finding) for finding in findings], indent=2))
+        typer.echo(dumps(checks, indent=2))
     else:
         for finding in findings:
             typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.check}: {finding.result}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_ready.release.contents import hash_file
+from training_ready.release.contents import EXPORT, hash_file
 from training_ready.release.export import ExportError, whole_folder
 from training_ready.release.targets import gguf_file
 from training_ready.release.targets.adapter import write_adapter
@@ -27,9 +27,9 @@ from training_ready.release.targets.tokenizer_files import (
 )
 from training_ready.release.targets.weights import Progress, expert_by_expert, rewrite_weights
 
-MARKER = "export.json"
+MARKER = EXPORT
 # Beside the weights, in every target that is a folder of transformers' files.
-_WORDS = ("*.md", "*.png", "*.svg", "*.jpg", "license", "LICENSE", "notice", "NOTICE")
+_WORDS = ("*.md", "release.json", "*.png", "*.svg", "*.jpg", "license", "LICENSE", "notice", "NOTICE")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training_ready.release.export import ExportError
-from training_ready.release.targets.chat_template import normalise
+from training_ready.release.targets.chat_template import normalise, taking_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
@@ -48,7 +48,7 @@ def tgi_tokenizer(release: Path) -> dict[str, Any]:
         },
         "clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces", False),
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": normalise(chat_template(release), template_constants(special)),
+        "chat_template": normalise(taking_text(chat_template(release), special), template_constants(special)),
     }
 
 
