@@ -571,6 +571,10 @@ def test_a_hub_that_everybody_may_use_says_what_it_proves(
         assert "token role write" in finding.message
     with EmbeddedHub(tmp_path / "read", token="write-me", read_token="read-me") as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint_url)
+        [(_, finding)] = check(SCRATCH, skip=others).failures
+        assert "HTTP 401" in finding.message
+        monkeypatch.setenv("TRAINING_READY_HUB_TOKEN", "write-me")
+        assert check(SCRATCH, skip=others).passed
         monkeypatch.setenv("HF_TOKEN", "read-me")
         [(_, finding)] = check(SCRATCH, skip=others).failures
         assert "may only read" in finding.message

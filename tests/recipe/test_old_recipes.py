@@ -75,6 +75,16 @@ def test_a_recipe_migrates_and_means_the_same(tmp_path: Path, name: str) -> None
         assert template[0].read_text(encoding="utf-8") == old["chat_template"]
 
 
+@pytest.mark.parametrize("name", MIGRATES)
+def test_evaluations_and_checkpoints_come_when_the_stream_can_have_them(tmp_path: Path, name: str) -> None:
+    new, old = run(tmp_path, name).recipe.trl, yaml.safe_load(RECIPES[name][0])
+    assert new.get("save_strategy", "steps") == "steps"
+    assert new.get("eval_strategy", "no") in ("no", "steps")
+    if old.get("save_strategy") == "epoch":
+        epochs = old.get("num_train_epochs", 3)
+        assert new["save_steps"] == pytest.approx(1 / epochs if epochs > 1 else 0.5, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_recipe_is_refused_for_its_own_keys(tmp_path: Path, name: str) -> None:
     text, keys = RECIPES[name]

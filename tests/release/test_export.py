@@ -247,6 +247,19 @@ def test_a_tokenizer_that_others_would_read_otherwise_is_refused(tmp_path: Path)
     assert (folder / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
 
+def test_weights_that_transformers_would_make_up_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    checkpoint = checkpoint_of(tmp_path, model, tiny_tokenizer())
+    model.model.layers[-1] = torch.nn.Identity()
+    model.save_pretrained(checkpoint)
+    with pytest.raises(ExportError, match=r"lacks \d+ tensors of its model: model\.layers"):
+        load_checkpoint(checkpoint)
+    (checkpoint / "pytorch_model_fsdp_0").mkdir()
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ExportError, match="an adapter in shards"):
+        load_checkpoint(checkpoint)
+
+
 _SAVE_IN_SHARDS = """
 import sys
 from types import SimpleNamespace
@@ -279,7 +292,7 @@ def test_shards_of_two_ranks_are_joined_by_the_command_that_is_told(
     script.write_text(_SAVE_IN_SHARDS)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     subprocess.run([sys.executable, *launcher, str(script), str(tmp_path), str(checkpoint)], check=True)
-    with pytest.raises(ExportError, match="in shards") as refused:
+    with pytest.raises(ExportError, match="weights in shards") as refused:
         load_checkpoint(checkpoint)
     command = str(refused.value).splitlines()[-1].split()
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)

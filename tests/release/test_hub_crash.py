@@ -19,6 +19,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from training_ready.release.connection import without_xet
+from training_ready.release.hub_blobs import HubError
 from training_ready.release.hub_server import EmbeddedHub
 from training_ready.release.hub_store import HubStore
 from training_ready.release.place_bucket import BucketPlace
@@ -173,6 +174,29 @@ def test_two_hubs_over_one_bucket_lose_nothing(
             api = HfApi(endpoint=endpoint, token=False)
             assert len(api.list_repo_files(REPO)) == 24
             assert len(api.list_repo_commits(REPO)) == 25
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_creation_that_comes_second_takes_nothing_away(moto_store: ObjectStore, late: int) -> None:
+    """Another hub creates the model and commits to it while this one believes that there is none."""
+    other = HubStore(BucketPlace(moto_store, "hub"))
+
+    class SlowPlace(BucketPlace):
+        asked = 0
+
+        def read(self, name: str) -> bytes | None:
+            found = super().read(name)
+            self.asked += name.endswith("/repo.json")
+            if found is None and name.endswith("/repo.json") and self.asked == late:
+                other.create_repo(REPO, private=False)
+                other.commit(REPO, "main", [("kept.txt", other.small_entry(b"kept"))], title="kept")
+                other.create_ref(REPO, "tags", "v1", revision="main")
+            return found
+
+    with HubStore(SlowPlace(moto_store, "hub")) as store:
+        with pytest.raises(HubError, match="already created"):
+            store.create_repo(REPO, private=False)
+        assert list(store.resolve(REPO, "main").tree) == list(store.resolve(REPO, "v1").tree) == ["kept.txt"]
 
 
 @pytest.mark.slow  # many hub processes

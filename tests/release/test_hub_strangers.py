@@ -168,3 +168,20 @@ def test_nothing_of_a_model_becomes_markup(api: HfApi, hub: EmbeddedHub) -> None
     assert "&lt;b&gt;x&lt;/b&gt;.txt" in main
     assert "<b>x" not in main
     assert "<script" not in main
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2026-11-22", ".nan", '"\\ud800"', "!!int ''", "[" * 3000],
+    ids=["date", "nan", "half", "tag", "deep"],
+)
+def test_no_card_hides_the_models(api: HfApi, hub: EmbeddedHub, value: str) -> None:
+    """The metadata of a card may be YAML that JSON has no word for, or that PyYAML stumbles over."""
+    api.create_repo(REPO)
+    card = {"path": "README.md", "content": f"---\nwhat: {value}\n---\n# Hello"}
+    lines = [{"key": "header", "value": {"summary": "card"}}, {"key": "file", "value": card}]
+    body = "\n".join(json.dumps(line) for line in lines).encode()
+    assert raw(hub, "POST", f"/api/models/{REPO}/commit/main", body).status == 200
+    assert [model.id for model in api.list_models()] == [REPO]
+    assert api.repo_info(REPO).id == REPO
+    assert "<h1>Hello</h1>" in page(hub, f"/{REPO}")

@@ -134,6 +134,9 @@ def test_a_token_is_made_kept_as_a_hash_and_revoked(
         with pytest.raises(HfHubHTTPError, match="Invalid credentials") as refused:
             api.repo_info(REPO)
         assert token not in str(refused.value)
+        place.delete("tokens.json")
+        time.sleep(1.1)  # until the hub has looked again
+        assert raw(hub, "GET", "/api/models").status == 401, "a hub whose tokens were lost became open"
 
 
 def test_the_token_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

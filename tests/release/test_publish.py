@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from safetensors.numpy import load_file, save_file
 
-from training_ready.release.connection import PublishError, is_public_hub, without_xet
+from training_ready.release.connection import PUBLIC_HUB, PublishError, is_public_hub, token_for, without_xet
 from training_ready.release.contents import ContentsError, release_files
 from training_ready.release.facts import CardError
 from training_ready.release.hub_blobs import HubError
@@ -338,3 +338,12 @@ def test_a_hub_for_others_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("TRAINING_READY_HUB_TOKEN", raising=False)
     with pytest.raises(HubError, match="TRAINING_READY_HUB_TOKEN"):
         hub_serve(tmp_path / "hub", host="0.0.0.0", port=0)
+
+
+def test_the_token_of_a_hub_of_ones_own_never_goes_to_the_public_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINING_READY_HUB_TOKEN", "own")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert token_for("http://127.0.0.1:9800") == "own"
+    assert token_for(PUBLIC_HUB) is None
+    monkeypatch.setenv("HF_TOKEN", "given")
+    assert token_for("http://127.0.0.1:9800") == token_for(PUBLIC_HUB) == "given"

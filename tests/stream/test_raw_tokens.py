@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ def test_tokenising_goes_on_with_the_segment_that_is_missing(
     assert {info.key: info.etag for info in store.list("t/")} == made
     one_read = store.head("notes/a.jsonl").size
     assert store.traffic.cost().bytes < one_read + sum(store.head(key).size for key in made)
+
+
+def test_ranks_take_whole_objects_and_find_the_same_rows(store: ObjectStore, tokenizer: Any) -> None:
+    for number in range(3):
+        store.put_bytes(f"notes/{number}.jsonl", lines(range(10 * number, 10 * number + 10)))
+
+    def lengths(rank: int, world_size: int, prefix: str) -> list[int]:
+        source = RawSource(name="notes", objects=find_objects(["notes/*.jsonl"], store))
+        renderer, policy = ChatRenderer(tokenizer, "assistant"), LengthPolicy(max_length=128)
+        cache = RawTokenCache(store=store, prefix=prefix, renderer=renderer, policy=policy, source=source)
+        found: list[int] = cache.ensure(
+            rank=rank, world_size=world_size, patience_seconds=60
+        ).lengths.tolist()
+        return found
+
+    with ThreadPoolExecutor(2) as ranks:
+        one, two = ranks.map(lambda rank: lengths(rank, 2, "t"), range(2))
+    assert one == two == lengths(0, 1, "alone")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from training_ready.training.expert_domains import DomainCollator
+from training_ready.training.expert_domains import DomainCollator, ExpertDomains
 from training_ready.training.trainer import StreamSFTTrainer
 
 NAMES = ["anxiety", "grief"]
@@ -36,6 +37,22 @@ def test_every_token_has_the_domain_of_its_conversation(packed: bool) -> None:
     expected = [[1, 1, -1, 0]] if packed else [[1, 1, -1], [0, -1, -1]]
     assert batch["domains"].tolist() == expected
     assert batch["domains"].dtype == torch.int64
+
+
+def test_counts_of_other_domains_are_not_taken_for_these(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    config = MixtralConfig(**shape, num_attention_heads=1, num_key_value_heads=1, num_local_experts=4)
+    model = MixtralForCausalLM(config)
+    counted = torch.arange(16).view(2, 2, 4)
+    ExpertDomains(model, NAMES).save(counted, tmp_path)
+    same, other = ExpertDomains(model, NAMES), ExpertDomains(model, ["anxiety", "sleep"])
+    for domains in (same, other):
+        domains.restore(tmp_path, here=True)
+    assert same.counted().equal(counted)
+    assert not other.counted().any()
+    assert "does not count ['anxiety', 'sleep']" in caplog.text
 
 
 RECIPE = """
@@ -81,7 +98,7 @@ def test_a_run_says_what_its_domains_choose(
         for cell, (_, count, _) in zip(line.index.cells, line.epoch_counts.tolist(), strict=True):
             tokens[cell.domain] = tokens.get(cell.domain, 0) + 2 * count
     whole = plan.packs_per_pass % 2 == 0
-    for name, counted in zip(domains["names"], domains["tokens"], strict=True):
+    for name, counted in zip(domains["names"], domains["pairs"], strict=True):
         assert counted == tokens[name] if whole else counted >= tokens[name]
     assert all(0 <= value < 1.4 for value in domains["mutual_information"])
     logged = [logs for logs in trainer.state.log_history if "moe/mutual_information_mean" in logs]

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from training_ready.check.context import CheckContext
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.release.card import require_words
-from training_ready.release.connection import PUBLIC_HUB, hub_api, is_public_hub
+from training_ready.release.connection import PUBLIC_HUB, hub_api, is_public_hub, token_for
 from training_ready.release.facts import CardError
-from training_ready.release.hub_commands import HUB_TOKEN
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,8 +31,7 @@ def probe_hub(context: CheckContext) -> list[Finding]:
             not_run("the hub needs the network, and this check is --offline", key="release.repo_id"),
         ]
     endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/")
-    token = os.environ.get("HF_TOKEN") or os.environ.get(HUB_TOKEN) or None
-    return [*findings, *_answers(context, endpoint, token, repo_id)]
+    return [*findings, *_answers(context, endpoint, token_for(endpoint), repo_id)]
 
 
 def _card(context: CheckContext) -> Iterator[Finding]:
@@ -90,16 +88,16 @@ def _permission(context: CheckContext, api: HfApi, endpoint: str, repo_id: str) 
             f"the token of {name} may only {role}", key="release.repo_id", fix="a token with the role write"
         )
         return
+    yield from _owner(who, name, owner, endpoint)
+    yield from _name(
+        context, api, repo_id, f"{endpoint} lets {name} in" + (f", token role {role}" if role else "")
+    )
     if role is None and open_to_all:
         yield warned(
             f"no token is set, and {endpoint} does not say whether everybody may write: the push will tell",
             key="release.repo_id",
             fix="export HF_TOKEN, if that hub gives out tokens",
         )
-    yield from _owner(who, name, owner, endpoint)
-    yield from _name(
-        context, api, repo_id, f"{endpoint} lets {name} in" + (f", token role {role}" if role else "")
-    )
 
 
 def _everybody(endpoint: str) -> dict[str, Any]:
@@ -135,7 +133,9 @@ def _name(context: CheckContext, api: HfApi, repo_id: str, known: str) -> Iterat
 
     try:
         there = api.model_info(repo_id)
-    except RepositoryNotFoundError:
+    except RepositoryNotFoundError as error:
+        if error.response.status_code in (401, 403):
+            raise  # a hub with tokens says so of every name to a stranger
         yield passed(f"{known}; {repo_id} is free and would be created", repo_id=repo_id)
         return
     files = {sibling.rfilename for sibling in there.siblings or []} - {".gitattributes"}

@@ -256,11 +256,10 @@ def _checkpointing(context: CheckContext) -> Iterator[Finding]:
 def _saving(context: CheckContext) -> Iterator[Finding]:
     t, recipe = context.topology, context.recipe
     if t.fsdp.get("fsdp_state_dict_type") == "SHARDED_STATE_DICT":
-        yield warned(
-            f"{t.name}: SHARDED_STATE_DICT leaves checkpoints without model.safetensors, so a release needs "
-            "`accelerate merge-weights` first",
-            key=_FILE,
-        )
+        then = "a release needs `accelerate merge-weights` first"
+        if recipe.effective("use_peft"):
+            then = "no release: nothing joins the parts of an adapter. FULL_STATE_DICT saves it whole"
+        yield warned(f"{t.name}: SHARDED_STATE_DICT leaves weights in shards, so {then}", key=_FILE)
     gathers = t.deepspeed.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save")
     if t.sharding == "zero3" and not gathers:
         yield failed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,67 @@ def _torch_dtype(work: Translation, node: Node, tree: Tree) -> bool:
     return True
 
 
+def _at_epochs(event: str, every: str) -> Rule:
+    """A rule for what happened at the end of each epoch: the stream has no seams, a share of the run says the same."""
+
+    def rule(work: Translation, node: Node, tree: Tree) -> bool:
+        said = node.text.lower() if isinstance(node, Scalar) else ""
+        never_saved = event == "save_strategy" and said in ("no", "false")
+        if said != "epoch" and not never_saved:
+            return False
+        epochs = _epochs(tree)
+        if epochs is None and not never_saved:
+            work.refuse(
+                node, event, "`max_steps` or `num_train_epochs` does not say how many epochs there are"
+            )
+            return True
+        if event == "eval_strategy" and epochs is not None and epochs <= 1:
+            work.put_text(event, "no", node.origin)
+            work.note(
+                node, f"{event}: epoch", f"{event}: no", "one epoch: evaluated once, after the last step"
+            )
+            return True
+        if epochs is not None and epochs > 1 and not never_saved:
+            share = math.floor(1e6 / epochs) / 1e6
+            meaning = "at the end of each epoch: a value below 1 is a share of the run"
+        else:
+            share = 0.5
+            meaning = (
+                "at the end, where a release comes from, and half-way, so that an interrupted run goes on"
+            )
+        work.put_text(event, "steps", node.origin)
+        work.put_text(every, f"{share:g}", node.origin)
+        work.note(node, f"{event}: {said}", f"{every}: {share:g}", meaning)
+        return True
+
+    return rule
+
+
+def _epochs(tree: Tree) -> float | None:
+    """How many epochs the old recipe trained, if that can be said; transformers' default is 3."""
+    steps, epochs = tree.entries.get("max_steps"), tree.entries.get("num_train_epochs")
+    try:
+        if isinstance(steps, Scalar) and not steps.is_null and float(steps.text) > 0:
+            return None
+        return float(epochs.text) if isinstance(epochs, Scalar) and not epochs.is_null else 3.0
+    except ValueError:
+        return None
+
+
+def _only_with_steps(every: str, *events: str) -> Rule:
+    """A rule for a number of steps that had no effect beside another strategy."""
+
+    def rule(work: Translation, node: Node, tree: Tree) -> bool:
+        given = [tree.entries.get(event) for event in events]
+        said = {one.text.lower() for one in given if isinstance(one, Scalar)}
+        if not said or "steps" in said:
+            return False
+        work.note(node, every, "", f"had no effect: `{events[0]}` was {' and '.join(sorted(said))}")
+        return True
+
+    return rule
+
+
 SPECIAL: Mapping[str, Rule] = {
     "warmup_ratio": _warmup_ratio,
     "warmup_steps": _warmup_steps,
@@ -143,6 +205,11 @@ SPECIAL: Mapping[str, Rule] = {
     "use_flash_attention_2": _becomes(
         "use_flash_attention_2", "true", "attn_implementation", "flash_attention_2"
     ),
+    "eval_strategy": _at_epochs("eval_strategy", "eval_steps"),
+    "evaluation_strategy": _at_epochs("eval_strategy", "eval_steps"),
+    "save_strategy": _at_epochs("save_strategy", "save_steps"),
+    "eval_steps": _only_with_steps("eval_steps", "eval_strategy", "evaluation_strategy"),
+    "save_steps": _only_with_steps("save_steps", "save_strategy"),
     "loss_type": _becomes("loss_type", "chunked_nll", "loss_type", "nll"),
     "dataset_kwargs": _dataset_kwargs,
     "push_to_hub": _push_to_hub,

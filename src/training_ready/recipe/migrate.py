@@ -180,12 +180,12 @@ class Translation:
     def data(self, key: str, node: Node) -> None:
         what = DATA_KEYS[key]
         if self.corpus is None:
-            reason = f"{what} was loaded from the hub; build a corpus with `training-ready data build`"
+            reason = f"{what} came from the hub; build a corpus with `training-ready data build`"
             self.refuse(node, key, f"{reason} and name it with `--corpus final_dataset/<name>/manifest.json`")
             return
         if "data" not in self.new.entries:
             self.put_text("data.corpus", self.corpus, node.origin)
-        self.note(node, key, "data.corpus", f"{what} is whatever {self.corpus} was built from")
+        self.note(node, key, "data.corpus", f"{what}: whatever {self.corpus} was built from")
         if key == "dataset_mixture" and isinstance(node, Mapping):
             self.mixture(node)
 

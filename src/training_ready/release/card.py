@@ -27,6 +27,7 @@ _ROLES = {"assistant": "the therapist", "user": "the client"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SECRET_PATTERNS = (
     re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
+    re.compile(r"\btr_[A-Za-z0-9_-]{43}"),  # of `hub token add`
     re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_ready.release.hub_commands import HUB_TOKEN, OnlyWriter
+from training_ready.release.hub_commands import OnlyWriter
 
 if TYPE_CHECKING:
     from training_ready.release.publish import Progress
@@ -64,16 +63,17 @@ def release_publish(
 ) -> None:
     """Publish a release under its own revision, read every file back, and only then move `main` to it.
 
-    Interrupted or refused at any moment, the same command continues. The token of a hub comes from HF_TOKEN (or
-    TRAINING_READY_HUB_TOKEN); on the public Hub the stored login works too. A bucket is that of the OVH_S3_ variables.
+    Interrupted or refused at any moment, the same command continues. The token of a hub comes from HF_TOKEN (else
+    TRAINING_READY_HUB_TOKEN, on the public Hub the stored login). A bucket is that of the OVH_S3_ variables.
 
     Example: training-ready release publish releases/quickstart me/quickstart --endpoint http://127.0.0.1:9800
     """
     from rich.console import Console
 
+    from training_ready.release.connection import PUBLIC_HUB, token_for
     from training_ready.release.publish import publish_release
 
-    token = os.environ.get("HF_TOKEN") or os.environ.get(HUB_TOKEN) or None
+    token = token_for(endpoint or PUBLIC_HUB)
     with _progress() as report:
         publication = publish_release(
             folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PUBLIC_HUB = "https://huggingface.co"
+HUB_TOKEN = "TRAINING_READY_HUB_TOKEN"  # noqa: S105  (the variable's name)
 
 
 class PublishError(TrainingReadyError):
@@ -23,6 +25,12 @@ class PublishError(TrainingReadyError):
 
 def is_public_hub(endpoint: str) -> bool:
     return urlsplit(endpoint).hostname in ("huggingface.co", "hf.co", "hub-ci.huggingface.co")
+
+
+def token_for(endpoint: str) -> str | None:
+    """The environment's token for `endpoint`: HF_TOKEN, else that of a hub of one's own, never for the public Hub."""
+    own = None if is_public_hub(endpoint) else os.environ.get(HUB_TOKEN)
+    return os.environ.get("HF_TOKEN") or own or None
 
 
 @contextmanager

@@ -69,7 +69,13 @@ def load_checkpoint(
     tokenizer = read_tokenizer(checkpoint)
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
     if not (checkpoint / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval(), tokenizer
+        model, loaded = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+        if loaded["missing_keys"]:  # transformers only warns, and makes them up
+            missing = sorted(loaded["missing_keys"])
+            raise ExportError(
+                f"{checkpoint} lacks {len(missing)} tensors of its model: {', '.join(missing[:3])} …"
+            )
+        return model.eval(), tokenizer
     base = json.loads((checkpoint / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, revision=base_revision or "main", **options)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -82,6 +88,11 @@ def load_checkpoint(
 def _refuse_shards(checkpoint: Path) -> None:
     """What FSDP's SHARDED_STATE_DICT saves is described by a pickle, which a release does not open."""
     shards = checkpoint / "pytorch_model_fsdp_0"
+    if shards.is_dir() and not (checkpoint / "config.json").is_file():
+        raise ExportError(
+            f"{checkpoint} holds an adapter in shards, as each rank of FSDP wrote its own, and nothing here joins "
+            "those. Start such a run with `accelerate launch --fsdp_state_dict_type FULL_STATE_DICT`."
+        )
     if shards.is_dir() and not any(checkpoint.glob("*.safetensors")):
         raise ExportError(
             f"{checkpoint} holds the weights in shards, as each rank of FSDP wrote its own. Join them once, then build "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -22,13 +23,16 @@ def card_body(text: str) -> str:
 
 
 def card_metadata(text: str) -> dict[str, Any]:
-    """The YAML block at the top of a card; {} when there is none. Raises ValueError when it is not valid."""
+    """The YAML block at the top of a card as JSON has it (a date is text); {} when there is none.
+
+    Raises ValueError when it is not valid.
+    """
     block = _split(text)[0]
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block)):
             raise ValueError("the metadata uses YAML aliases, which can grow without bound; write values out")
         metadata = yaml.safe_load(block)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, LookupError, AttributeError, RecursionError) as error:  # PyYAML raises any
         raise ValueError(f"the metadata is not YAML: {error}") from error
     if not isinstance(metadata, dict | None):
         raise ValueError(f"the metadata must be a mapping, not {type(metadata).__name__}")
@@ -36,7 +40,12 @@ def card_metadata(text: str) -> dict[str, Any]:
         value = (metadata or {}).get(key)
         if value is not None and not _fits(value, kinds):
             raise ValueError(f"{key!r} must be {' or '.join(kinds)}, not {type(value).__name__}")
-    return metadata or {}
+    try:
+        data = json.dumps(metadata or {}, default=str, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:  # an infinite number, a list as a key, half a character
+        raise ValueError(f"the metadata cannot be said in JSON: {error}") from error
+    said: dict[str, Any] = json.loads(data)
+    return said
 
 
 _CARD_KEYS = {

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_ready.release.connection import HUB_TOKEN
+
 if TYPE_CHECKING:
     from training_ready.release.places import Place
 
-HUB_TOKEN = "TRAINING_READY_HUB_TOKEN"  # noqa: S105  (the variable's name)
-HUB_READ_TOKEN = "TRAINING_READY_HUB_READ_TOKEN"  # noqa: S105
+HUB_READ_TOKEN = "TRAINING_READY_HUB_READ_TOKEN"  # noqa: S105  (the variable's name)
 
 Root = Annotated[str, typer.Option(help="Folder or s3://bucket/prefix that holds the models.")]
 OnlyWriter = Annotated[
@@ -70,7 +71,7 @@ def hub_serve(
         print(f"export HF_ENDPOINT={hub.endpoint_url}\nexport HF_HUB_DISABLE_XET=1", flush=True)
         told = Console(stderr=True)
         told.print(f"Serving {root} at {hub.endpoint_url}; Ctrl-C stops it.", markup=False, highlight=False)
-        if wanted:
+        if hub.app.state.tokens.callers() is not None:
             told.print("Clients need HF_TOKEN set to a token of this hub.", markup=False)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -75,7 +75,7 @@ def _refuse(request: Request, error: Exception) -> JSONResponse:
     status, code = (error.status, error.code) if isinstance(error, HubError) else (500, None)
     if isinstance(error, StorageError):
         status = 503  # the bucket behind this hub; asking again may help
-    headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode().replace("\n", " ")}
+    headers = {"X-Error-Message": " ".join(str(error).encode("ascii", "replace").decode().split())}
     if code:
         headers["X-Error-Code"] = code
     if status == 401:

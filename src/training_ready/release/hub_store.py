@@ -116,16 +116,23 @@ class HubStore:
 
     def create_repo(self, repo_id: str, *, private: bool) -> None:
         """Create with one empty commit on `main`. Raises HubError 409 when it exists."""
-        facts = self._under(repo_id, "repo.json")
+        facts, main = self._under(repo_id, "repo.json"), self._ref(repo_id, "heads", DEFAULT_BRANCH)
         taken = HubError(f"You already created this model repo: {repo_id}", status=409)
         with self._writing:
             if self.place.read(facts) is not None:
                 raise taken
-            for leftover in list(self.place.names(self._under(repo_id, "refs/"))):
-                self.place.delete(leftover)  # of a deletion that was interrupted
+            before = self.place.read(main)
+            leftovers = list(self.place.names(self._under(repo_id, "refs/")))
+            # Asked again: what was read above is of an interrupted deletion only if no other hub has created it since.
+            if self.place.read(facts) is not None:
+                raise taken
+            for leftover in leftovers:
+                if leftover != main:
+                    self.place.delete(leftover)
             oid = self._write_commit(repo_id, parent=None, title="Create the repository", message="", tree={})
-            self.place.write(self._ref(repo_id, "heads", DEFAULT_BRANCH), oid.encode())
             content = json.dumps({"private": private, "created_at": _now()}).encode()
+            if not self.place.swap(main, oid.encode(), expected=before):
+                raise taken
             if not self.place.swap(facts, content, expected=None):
                 raise taken
 

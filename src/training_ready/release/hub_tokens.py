@@ -57,11 +57,12 @@ class TokenBook:
     def callers(self) -> Mapping[str, Caller] | None:
         """sha256 of a token to its caller, at most a second old. None where no token was ever made: the hub is open.
 
-        A hub whose last token was revoked is closed, not open.
+        A hub whose last token was revoked is closed, not open; so is a running one whose file is gone.
         """
         with self._reading:
             if time.monotonic() - self._read_at > _SECONDS:
-                self._kept = _callers(self._place)
+                found = _callers(self._place)
+                self._kept = {} if found is None and self._kept is not None else found
                 self._read_at = time.monotonic()
             if self._kept is None and not self._given:
                 return None
@@ -119,7 +120,10 @@ def _scope(facts: Mapping[str, str]) -> Scope:
 
 
 def _read(place: Place) -> dict[str, dict[str, str]]:
-    content = place.read(FILE)
+    return _parsed(place, place.read(FILE))
+
+
+def _parsed(place: Place, content: bytes | None) -> dict[str, dict[str, str]]:
     try:
         tokens: dict[str, dict[str, str]] = json.loads(content) if content else {}
     except ValueError as error:
@@ -132,7 +136,7 @@ def _read(place: Place) -> dict[str, dict[str, str]]:
 def _change(place: Place, change: Callable[[dict[str, dict[str, str]]], None]) -> None:
     while True:  # until nobody else changed it meanwhile
         before = place.read(FILE)
-        tokens = json.loads(before) if before else {}
+        tokens = _parsed(place, before)
         change(tokens)
         if place.swap(FILE, json.dumps(tokens, indent=1).encode(), expected=before):
             return

@@ -58,7 +58,9 @@ class FolderPlace:
 
     def write(self, name: str, data: bytes) -> None:
         spooled = self.spool()
-        descriptor = os.open(spooled, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # What lies at the top (a hub's tokens.json) is its owner's; a release's manifest is as readable as its weights.
+        mode = 0o666 if "/" in name else 0o600
+        descriptor = os.open(spooled, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         self.keep(name, spooled)

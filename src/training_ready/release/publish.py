@@ -75,7 +75,7 @@ def publish_release(
     card = refresh_card(folder, record, files)
     files = [card if file.path == card.path else file for file in files]
     name = f"{record.branch}-{digest_of(files)[:8]}"
-    if target.startswith((".", "/")) or "://" in target:
+    if target.lower().startswith((".", "/", "s3://")):
         from training_ready.release.publish_place import publish_to_place
 
         return publish_to_place(folder, target, files, name=name, only_writer=only_writer, report=report)

@@ -7,6 +7,7 @@ compared, path by path.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +149,7 @@ class _Repo:
                 operations.append(
                     CommitOperationCopy(path, path, src_revision=revision)
                     if wanted[path].lfs
-                    else CommitOperationAdd(path, str(self.folder / path))
+                    else CommitOperationAdd(path, self._proven(path, files))
                 )
         self._journey.main_may_have_moved = bool(operations)
         now = self._commit("main", main, operations, title=f"Release {revision}") if operations else main
@@ -162,6 +163,13 @@ class _Repo:
                 f"{', '.join(faults)}. Do not use main; {revision} is whole. Publish again, and tell the operator."
             )
         return now
+
+    def _proven(self, path: str, files: Sequence[ReleaseFile]) -> bytes:
+        """A small file as it was read back. Raises PublishError when it was changed here since."""
+        data = (self.folder / path).read_bytes()
+        if hashlib.sha256(data).hexdigest() not in {file.sha256 for file in files if file.path == path}:
+            raise PublishError(f"{self.folder / path} was changed while it was published. main did not move.")
+        return data
 
     def _differences(self, one: str, other: str) -> list[str]:
         left, right = self.listing(one), self.listing(other)

@@ -37,6 +37,11 @@ def publish_to_place(
     """Write the revision `name` below `target`, read it back, then point `main` at it. Raises PublishError."""
     again = ["training-ready", "release", "publish", str(folder), target]
     again += ["--only-writer"] if only_writer else []
+    if any(file.path == MANIFEST for file in files):
+        raise PublishError(
+            f"{folder / MANIFEST} cannot be published here: a revision keeps its own list of files under that name. "
+            "Rename the file."
+        )
     journey = Journey(folder=folder, again=shlex.join(again))
     with _told(journey, target), ExitStack() as held:
         place = open_place(target, only_writer=only_writer)

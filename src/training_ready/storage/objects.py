@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
-    from training_ready.storage.disk_cache import DiskCache
     from training_ready.storage.reader import RangedReader
+    from training_ready.storage.shared_cache import BlockCache
 
 __all__ = ["ObjectChanged", "ObjectInfo", "ObjectNotFound", "ObjectStore", "StorageError"]
 
@@ -59,11 +59,11 @@ class ObjectInfo:
 class ObjectStore:
     """One bucket. Safe to share between threads, to pickle, and to use after a fork.
 
-    With a ``cache``, what readers fetch is kept on the local disk and shared by the machine's processes.
+    With a ``cache``, what readers fetch is kept on the local disk, or in Redis, and shared by processes.
     """
 
     def __init__(
-        self, settings: StorageSettings, bucket: str | None = None, *, cache: DiskCache | None = None
+        self, settings: StorageSettings, bucket: str | None = None, *, cache: BlockCache | None = None
     ) -> None:
         self.settings = settings
         self.bucket = bucket or settings.bucket
@@ -74,11 +74,11 @@ class ObjectStore:
     def __repr__(self) -> str:
         return f"ObjectStore({self.uri('')!r} at {self.settings.endpoint_name!r})"
 
-    def __reduce__(self) -> tuple[Callable[..., ObjectStore], tuple[StorageSettings, str, DiskCache | None]]:
+    def __reduce__(self) -> tuple[Callable[..., ObjectStore], tuple[StorageSettings, str, BlockCache | None]]:
         return _restored, (self.settings, self.bucket, self.cache)
 
-    def with_cache(self, cache: DiskCache | None) -> ObjectStore:
-        """The same bucket, read through a cache on the local disk."""
+    def with_cache(self, cache: BlockCache | None) -> ObjectStore:
+        """The same bucket, read through a cache."""
         return ObjectStore(self.settings, self.bucket, cache=cache)
 
     def uri(self, key: str) -> str:
@@ -274,7 +274,7 @@ class ObjectStore:
         )
 
 
-def _restored(settings: StorageSettings, bucket: str, cache: DiskCache | None) -> ObjectStore:
+def _restored(settings: StorageSettings, bucket: str, cache: BlockCache | None) -> ObjectStore:
     return ObjectStore(settings, bucket, cache=cache)
 
 

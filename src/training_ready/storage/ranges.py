@@ -16,8 +16,8 @@ from urllib3.exceptions import HTTPError
 from training_ready.storage.errors import ObjectChanged, StorageError, is_passing, status_of
 
 if TYPE_CHECKING:
-    from training_ready.storage.disk_cache import DiskCache
     from training_ready.storage.objects import ObjectInfo, ObjectStore
+    from training_ready.storage.shared_cache import BlockCache
 
 
 class Patience:
@@ -140,9 +140,9 @@ class RangeFetcher:
 
 
 class CachedFetcher:
-    """Fetches ranges of one pinned object in whole blocks that stay on the local disk. Safe for several threads."""
+    """Fetches ranges of one pinned object in whole blocks that a cache keeps. Safe for several threads."""
 
-    def __init__(self, store: ObjectStore, info: ObjectInfo, patience: float, cache: DiskCache) -> None:
+    def __init__(self, store: ObjectStore, info: ObjectInfo, patience: float, cache: BlockCache) -> None:
         self._fetcher = RangeFetcher(store, info, patience)
         self._cache, self._size, self._traffic = cache, info.size, store.traffic
         self._version = _version_of(store, info)
@@ -164,7 +164,7 @@ class CachedFetcher:
         return b"".join(parts)
 
 
-def lay_into_cache(store: ObjectStore, info: ObjectInfo, path: Path, cache: DiskCache) -> None:
+def lay_into_cache(store: ObjectStore, info: ObjectInfo, path: Path, cache: BlockCache) -> None:
     """The blocks that a :class:`CachedFetcher` would fetch, from the file that the object was written from."""
     version = _version_of(store, info)
 

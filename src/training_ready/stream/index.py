@@ -1,4 +1,4 @@
-"""Which rows are there? Lengths and origins of all rows of a split, without their tokens: 10 bytes a row in memory.
+"""Which rows are there? Lengths and origins of all rows of a split, without their tokens: 12 bytes a row in memory.
 
 One object beside the token shards, so that a run knows its whole order after a single read, however many shards
 there are::
@@ -6,7 +6,7 @@ there are::
     row      0    1    2    3    4    5  ...        over all shards, in order
     length  212  840   97  433  512   60            int32
     learned  90  301   40  120  256   21            int32
-    cell      0    0    1    0    2    1            int16, number of a (source, stage, components, domain)
+    cell      0    0    1    0    2    1            int32, number of a (source, stage, components, domain)
     block    |------ 0 ------|------ 1 ...          one row group of a token shard
 """
 
@@ -49,7 +49,7 @@ class TokenIndex:
     block_bytes: npt.NDArray[np.int64]  # as stored
     lengths: npt.NDArray[np.int32]
     learned: npt.NDArray[np.int32]
-    cell_of_row: npt.NDArray[np.int16]
+    cell_of_row: npt.NDArray[np.int32]
     cells: tuple[Cell, ...]
     counts: TokenCounts
 
@@ -71,7 +71,7 @@ class TokenIndex:
         for part in parts:
             counts.add(part.counts)
             numbers = [cells.setdefault(cell, len(cells)) for cell in part.cells]
-            cell_of_row.append(np.asarray(numbers, dtype=np.int16)[part.cell_of_row])
+            cell_of_row.append(np.asarray(numbers, dtype=np.int32)[part.cell_of_row])
         return cls(
             shards=tuple(shard for part in parts for shard in part.shards),
             shard_blocks=tuple(blocks for part in parts for blocks in part.shard_blocks),

@@ -14,10 +14,10 @@ from training_ready.corpus.raw import RawSource
 from training_ready.corpus.raw_objects import find_objects
 from training_ready.corpus.readers import Format
 from training_ready.corpus.record import Role
-from training_ready.storage.disk_cache import DiskCache
 from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
+from training_ready.storage.shared_cache import cache_from_environment
 from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
 from training_ready.stream.dataset import pack_stream
 from training_ready.stream.lengths import LengthPolicy
@@ -202,4 +202,4 @@ class _Tokens:
         return TokenSet(name=name, store=store, prefix=place.key, index=index)
 
     def _store(self, bucket: str) -> ObjectStore:
-        return ObjectStore(self.settings, bucket, cache=DiskCache.from_environment())
+        return ObjectStore(self.settings, bucket, cache=cache_from_environment())

@@ -108,16 +108,15 @@ class RawTokenCache:
         try:
             return TokenIndex.from_bytes(self.store.get_bytes(key))
         except ObjectNotFound:
-            deadline = time.monotonic() + patience_seconds
+            pass
+        # Its own objects first: the others are being made meanwhile, and what this rank took is no wait for them.
+        everything = range(len(self._source.objects))
+        segments = {number: self._object(number, advance) for number in everything[rank::world_size]}
+        deadline = time.monotonic() + patience_seconds
         if rank:
-            for number in range(rank, len(self._source.objects), world_size):
-                self._object(number, advance)
             wait_for(self.store, key, deadline, "index of the tokens")
             return TokenIndex.from_bytes(self.store.get_bytes(key))
-        # Its own objects first: the others are being made meanwhile.
-        segments: dict[int, list[tuple[TokenIndex, _End]]] = {}
-        for number in sorted(range(len(self._source.objects)), key=lambda number: number % world_size):
-            segments[number] = self._object(number, advance, deadline if number % world_size else None)
+        segments |= {n: self._object(n, advance, deadline) for n in everything if n not in segments}
         self._report([bad for number in segments for _, end in segments[number] for bad in end.bad])
         index = TokenIndex.joined([part for number in sorted(segments) for part, _ in segments[number]])
         self.store.put_bytes(key, index.to_bytes())

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +85,11 @@ class ShardTokeniser:
                     done[index.shards[0]] = index
                     if advance:
                         advance(futures[future].records)
+            except BrokenProcessPool as error:
+                raise StreamError(
+                    f"one of {workers} tokenising processes was killed, most likely for lack of memory. Take fewer "
+                    "(stream.tokenise_workers; `workers` of load) and start again: finished shards are kept"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -179,7 +185,7 @@ def index_of_shard(source: IO[bytes], key: str, where: str) -> TokenIndex:
         block_bytes=np.asarray(stored, dtype=np.int64),
         lengths=table["length"].to_numpy(),
         learned=table["learned_tokens"].to_numpy(),
-        cell_of_row=coded.indices.to_numpy().astype(np.int16),
+        cell_of_row=coded.indices.to_numpy().astype(np.int32),
         cells=tuple(
             Cell(source, stage, tuple(filter(None, parts.split(","))), domain)
             for source, stage, parts, domain in found

@@ -79,7 +79,7 @@ class CheckpointKeeper:
         complete, _ = checkpoints_in(self._output_dir)
         if complete:
             takes = sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
-            kept = f"{complete[-1]}, which takes {takes:,}, is complete and untouched"
+            kept = f"{complete[-1]}, which takes {takes:,} bytes, is complete and untouched"
         else:
             kept = "there is no earlier checkpoint"
         return SaveError(

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training_ready.corpus.manifest import Manifest
 from training_ready.recipe.recipe import Recipe
-from training_ready.storage.disk_cache import DiskCache
 from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
+from training_ready.storage.shared_cache import cache_from_environment
 from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
 from training_ready.stream.groups import PackReader
 from training_ready.stream.index import TokenIndex
@@ -49,7 +49,7 @@ def open_corpus(corpus: str) -> tuple[Manifest, ObjectStore]:
     """The manifest that ``data.corpus`` names, and the bucket that holds it."""
     settings = StorageSettings.from_environment()
     place = locate(settings, corpus)
-    store = ObjectStore(settings, place.bucket, cache=DiskCache.from_environment())
+    store = ObjectStore(settings, place.bucket, cache=cache_from_environment())
     return Manifest.load(store, place.key), store
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training_ready.moe.domains import DomainLoadMonitor, mutual_information
 from training_ready.stream.groups import PackReader
+
+logger = logging.getLogger(__name__)
 
 DOMAIN_STATE = "expert_domains.safetensors"
 DOMAINS = "domains"
@@ -85,13 +90,19 @@ class ExpertDomains:
     def save(self, counted: Tensor, folder: Path) -> None:
         """Write what :meth:`counted` gave into a checkpoint."""
         read = self._read.get("train", torch.zeros_like(counted))
-        save_file({"counted": counted, "read": read}, folder / DOMAIN_STATE)
+        names = {"names": json.dumps(self.names)}
+        save_file({"counted": counted, "read": read}, folder / DOMAIN_STATE, metadata=names)
 
     def restore(self, checkpoint: Path, *, here: bool) -> None:
         """Go on from what a checkpoint counted. ``here``: this is the rank that adds it to its own counts."""
-        if not (checkpoint / DOMAIN_STATE).is_file():
+        path, names = checkpoint / DOMAIN_STATE, None
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                names = json.loads((file.metadata() or {}).get("names", "null"))
+        if names != self.names:  # of another corpus, which stream.resume_allow lets through
+            logger.warning(f"{path} does not count {self.names}: domains are counted from here on only")
             return
-        state = load_file(checkpoint / DOMAIN_STATE)
+        state = load_file(path)
         if here:
             self._monitors["train"].restore(state["counted"])
         self._read["train"] = state["read"]
@@ -102,7 +113,8 @@ class ExpertDomains:
         return {
             "names": self.names,
             "measured_in": "training" if self._evaluated is None else "evaluation",
-            "tokens": [int(row) for row in counts[0].sum(dim=-1)] if len(counts) else [],
+            # (token, choice): every token as often as it chose an expert
+            "pairs": [int(row) for row in counts[0].sum(dim=-1)] if len(counts) else [],
             "mutual_information": mutual_information(counts).tolist(),
         }
 

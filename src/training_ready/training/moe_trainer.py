@@ -58,9 +58,8 @@ class MoETrainer(StreamSFTTrainer):
         text = model.config.get_text_config()
         own = getattr(text, "router_aux_loss_coef", None)
         if moe.experts_4bit is not None and args.ddp_broadcast_buffers is None:
-            args.ddp_broadcast_buffers = (
-                False  # the codes are buffers, and DDP would send them in every forward
-            )
+            # The codes are buffers, and DDP would send them in every forward.
+            args.ddp_broadcast_buffers = False
         super().__init__(model=model, args=args, **kwargs)
         if own is not None:
             text.router_aux_loss_coef = own  # TRL has set it to 0.0; it belongs to the model

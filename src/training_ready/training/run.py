@@ -158,6 +158,8 @@ def _stopped(stop: StopTogether, trainer: StreamSFTTrainer, folder: RunFolder) -
     """
     where = f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}"
     how = "Continue with the same command and resume_from_checkpoint=auto."
+    if trainer.args.save_only_model:
+        how = "It cannot be continued: save_only_model left the optimizer out of its checkpoints."
     if stop.reason is StopReason.BUDGET:
         logger.info(f"{where}: budget.max_hours is used up. {how}")
     elif trainer.is_world_process_zero():

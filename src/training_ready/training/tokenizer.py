@@ -103,9 +103,8 @@ def load_tokenizer(
             f"no tokenizer in {name_or_path!r} (revision {revision or 'main'}): {error}. Check model_name_or_path, "
             "HF_ENDPOINT and HF_TOKEN."
         ) from error
-    if len(tokenizer) == len(
-        tokenizer.all_special_ids
-    ):  # transformers 5.23 makes an empty one for some models
+    # transformers 5.23 makes an empty one for some models
+    if len(tokenizer) == len(tokenizer.all_special_ids):
         raise TokenizerError(
             f"{name_or_path!r} holds no tokenizer; save the model's own beside its config.json"
         )

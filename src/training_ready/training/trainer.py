@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -199,9 +200,10 @@ class StreamSFTTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.is_fsdp_enabled and self.args.should_save and not (folder / "config.json").exists():
             # With SHARDED_STATE_DICT Trainer leaves all this out, and shards alone are no model.
-            self.model.config.save_pretrained(folder)
-            self.model.generation_config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+            if not isinstance(self.model, PeftModel):  # an adapter would be read as a whole model
+                self.model.config.save_pretrained(folder)
+                self.model.generation_config.save_pretrained(folder)
 
     @contextmanager
     def _rotation_is_ours(self) -> Iterator[None]:
