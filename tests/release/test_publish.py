@@ -92,6 +92,15 @@ def test_publishing_again_makes_no_commit(hub: EmbeddedHub, api: HfApi, release:
     assert len(api.list_repo_commits(REPO)) == 2
 
 
+def test_what_a_killed_publication_was_writing_is_in_nobodys_way(
+    hub: EmbeddedHub, api: HfApi, release: Path
+) -> None:
+    for name in (".README.md.tmp", ".release.json.tmp", ".verified-tgi.json.tmp"):
+        (release / name).write_text("half", encoding="utf-8")
+    publish(hub, release)
+    assert not [path for path in api.list_repo_files(REPO) if path.endswith(".tmp")]
+
+
 def test_the_next_release_replaces_the_files_of_the_last(hub: EmbeddedHub, api: HfApi, release: Path) -> None:
     weights = load_file(release / "model.safetensors")
     for number, key in enumerate(sorted(weights)):

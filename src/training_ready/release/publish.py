@@ -16,6 +16,8 @@ from training_ready.release.record import read_record
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(label, done, total)`; labels in order: "hash", "upload", "commit", "read back", "tag", "main"."""
+# Words that a killed publication or verification was writing; each is written anew.
+_LEFT_BY_A_KILL = (".README.md.tmp", ".release.json.tmp", ".verified-*.json.tmp")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -71,6 +73,9 @@ def publish_release(
     """
     report = progress or _silent
     record = read_record(folder)
+    for half_written in _LEFT_BY_A_KILL:
+        for path in folder.glob(half_written):
+            path.unlink()
     files = release_files(folder, lambda done, total: report("hash", done, total))
     card = refresh_card(folder, record, files)
     files = [card if file.path == card.path else file for file in files]
