@@ -22,12 +22,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from training_ready import TrainingReadyError
 from training_ready.check.memory_kernels import attention_on_gpu
-from training_ready.moe.families import routed_layers
 from training_ready.moe.routing import route_in_float32
-from training_ready.moe.shared_base import build_shared_base
-from training_ready.recipe.sections import MoeSection, SharedBaseSection
+from training_ready.recipe.sections import MoeSection
 from training_ready.training.expert_adapters import adapt_experts
 from training_ready.training.moe_losses import RouterLosses, plan_balance
+from training_ready.training.shared_experts import keep_routers_in_float32, new_experts
 
 Checkpointing = Literal["off", "on", "selective"]
 
@@ -97,23 +96,8 @@ def build_on_meta(spec: StepSpec) -> Any:
         if spec.moe is not None and spec.moe.adapters is not None:
             adapt_experts(model, spec.moe.adapters)
         if spec.moe is not None and spec.moe.shared_base is not None:
-            model = share_on_meta(model, spec.moe.shared_base)
-    return model
-
-
-def share_on_meta(dense: Any, chosen: SharedBaseSection) -> Any:
-    """The experts over a dense base in shapes only, as ``training.shared_experts`` builds them: fp32 routers."""
-    model = build_shared_base(
-        dense,
-        experts=chosen.experts,
-        top_k=chosen.top_k,
-        rank=chosen.rank,
-        alpha=chosen.alpha,
-        dropout=chosen.dropout,
-    )
-    for routed in routed_layers(model):
-        router: Any = routed.router
-        router.weight = nn.Parameter(router.weight.detach().float())
+            model = new_experts(model, spec.moe.shared_base)
+            keep_routers_in_float32(model)
     return model
 
 

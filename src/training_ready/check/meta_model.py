@@ -104,13 +104,10 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
     if recipe.moe.shared_base is not None:
         import torch
 
-        from training_ready.moe.shared_base import build_shared_base
+        from training_ready.training.shared_experts import new_experts
 
-        chosen = recipe.moe.shared_base
         with torch.device("meta"):
-            return build_shared_base(
-                model, experts=chosen.experts, top_k=chosen.top_k, rank=chosen.rank, alpha=chosen.alpha
-            )
+            return new_experts(model, recipe.moe.shared_base)
     if recipe.effective("use_peft"):
         trained = _with_lora(recipe, model)
     if recipe.moe.adapters is not None:

@@ -9,7 +9,6 @@ always ``experts.lora_A``. A is stored (E * r, in) with the expert slow, B (out,
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from training_ready.moe.experts_lora import PROJECTIONS, SplitLora, add_expert_adapters, expert_adapters
 from training_ready.moe.families import MoEError
+from training_ready.moe.whole_files import replace_file
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,8 +48,8 @@ def save_expert_adapters(model: Any, folder: Path, *, base_model: str | None = N
             tensors[f"{key}.lora_A.weight"] = a.flatten(0, 1).cpu().contiguous()
             tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(
         folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     )
 
@@ -172,12 +172,3 @@ def _config(folder: Path, adapter: SplitLora, names: list[str], base_model: str 
     ]
     targets = others + [f"experts.{name}" for name in names]
     return {**config, "lora_dropout": 0.0, "target_parameters": targets}
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Whole or not at all: written beside, flushed, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -8,7 +8,6 @@ backward pass, which computes the gradient of the input only. The adapters of ``
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.integrations.moe import _grouped_linear
 
 from training_ready.moe.families import MoEError, routed_layers
 from training_ready.moe.quant_nf4 import Nf4, dequantise_nf4, quantise_nf4
+from training_ready.moe.whole_files import replace_file
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 SETTINGS, WEIGHTS = "nf4_experts.json", "nf4_experts.safetensors"
@@ -177,9 +177,9 @@ def save_quantised_experts(model: Any, folder: Path) -> None:
     if not tensors:
         raise MoEError(f"{type(model).__name__} has no quantised experts to save.")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    _replace(folder / SETTINGS, lambda path: path.write_text(text))
+    replace_file(folder / SETTINGS, lambda path: path.write_text(text))
 
 
 def load_quantised_experts(model: Any, folder: Path, *, device: torch.device | None = None) -> None:
@@ -233,12 +233,3 @@ def _run_quantised(model: Any) -> None:
     from training_ready.moe.experts_lora import IMPLEMENTATION  # registers the forward that reads NF4
 
     model.set_experts_implementation(IMPLEMENTATION)
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.chmod(0o644)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)

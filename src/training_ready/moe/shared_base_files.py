@@ -8,7 +8,6 @@ serves and which gives the trained model's logits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +22,9 @@ from training_ready.moe.dense_identity import BaseIdentity
 from training_ready.moe.families import MoEError, RoutedLayer, model_config, moe_family, routed_layers
 from training_ready.moe.shared_base import build_shared_base, set_router_rows, shared_base_adapters
 from training_ready.moe.upcycle_experts import LowRankExperts, moe_tensors
-from training_ready.moe.upcycle_shards import GIGABYTE, flush_file, write_checkpoint
+from training_ready.moe.upcycle_shards import GIGABYTE, write_checkpoint
 from training_ready.moe.upcycle_target import TARGETS, expected_names
+from training_ready.moe.whole_files import replace_file
 
 SETTINGS, WEIGHTS = "shared_base.json", "shared_base.safetensors"
 
@@ -84,16 +84,10 @@ def save_shared_base(
 def write_shared_base(settings: SharedBaseSettings, tensors: dict[str, Tensor], folder: Path) -> None:
     """Tensors ``layers.N.{gate_proj,up_proj,down_proj}.{A,B}`` and ``layers.N.router``; the settings last."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)
-    flush_file(partial)
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f".{SETTINGS}.partial"
-    partial.write_text(json.dumps(asdict(settings), indent=2, sort_keys=True) + "\n")
-    flush_file(partial)
-    os.replace(partial, folder / SETTINGS)
+    replace_file(folder / WEIGHTS, lambda path: save_file(on_cpu, path, metadata={"format": "pt"}))
+    text = json.dumps(asdict(settings), indent=2, sort_keys=True) + "\n"
+    replace_file(folder / SETTINGS, lambda path: path.write_text(text))
 
 
 def read_shared_base(folder: Path) -> tuple[SharedBaseSettings, dict[str, Tensor]]:

@@ -6,7 +6,6 @@ Read one tensor at a time; written shard by shard, the index last.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training_ready.moe.families import MoEError
+from training_ready.moe.whole_files import flush_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -155,9 +155,3 @@ def write_checkpoint(tensors: Iterable[OutgoingTensor], folder: Path, *, shard_b
             writer.add(tensor)
             del tensor  # with the view that it holds
     return writer.total_bytes
-
-
-def flush_file(path: Path) -> None:
-    """Until it is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

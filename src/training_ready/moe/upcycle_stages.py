@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training_ready.moe.families import MoEError
-from training_ready.moe.upcycle_shards import flush_file
+from training_ready.moe.whole_files import flush_file
 
 MANIFEST = "manifest.json"
 

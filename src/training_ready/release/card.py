@@ -20,6 +20,7 @@ from training_ready.release.evaluations import write_evaluations
 from training_ready.release.facts import CardError, RunFacts
 from training_ready.release.record import ReleaseRecord, Words, write_record
 from training_ready.release.served_by import Row, check_verified, read_reports, served_by
+from training_ready.storage.durable import write_durably
 
 CARD = "README.md"
 
@@ -115,10 +116,7 @@ def refresh_card(
         files=files,
         engines=served_by(reports, about),
     )
-    temporary = folder / f".{CARD}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o644)
-    os.replace(temporary, folder / CARD)
+    write_durably(folder / CARD, text, mode=0o644)
     return hash_file(folder / CARD, folder)
 
 

@@ -7,7 +7,6 @@ verified, and so that nothing is published whose card would have to invent a fie
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training_ready.release.facts import CardError, RunFacts, Text, faults_of
+from training_ready.storage.durable import write_durably
 
 RECORD = "release.json"
 
@@ -53,9 +53,7 @@ class ReleaseRecord(BaseModel):
 
 
 def write_record(folder: Path, record: ReleaseRecord) -> None:
-    temporary = folder / f".{RECORD}.tmp"
-    temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RECORD)
+    write_durably(folder / RECORD, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(folder: Path) -> ReleaseRecord:

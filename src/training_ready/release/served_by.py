@@ -7,7 +7,6 @@ that a report of other weights is not quoted.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training_ready.release.contents import EXPORT, ContentsError, hash_file
 from training_ready.release.facts import CardError, Text
+from training_ready.storage.durable import write_durably
 
 ENGINES: Mapping[str, str] = {
     "hf": "transformers 5",
@@ -85,10 +85,7 @@ def keep_report(
         {"target": target, "dtype": dtype, "release": marker["release"], "export": hashes, "checks": checks}
     )
     for place in (folder, release) if target != "adapter" else (folder,):
-        temporary = place / f".{report_name(target)}.tmp"
-        temporary.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o644)
-        os.replace(temporary, place / report_name(target))
+        write_durably(place / report_name(target), report.model_dump_json(indent=1) + "\n", mode=0o644)
 
 
 def read_reports(folder: Path) -> dict[str, Report]:

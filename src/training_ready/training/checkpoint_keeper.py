@@ -6,6 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from training_ready.storage.durable import write_durably
 from training_ready.training.checkpoint_mirror import CheckpointMirror
 from training_ready.training.checkpoints import (
     PART,
@@ -16,7 +17,6 @@ from training_ready.training.checkpoints import (
     flush_to_disk,
     folder_of,
     make_room,
-    write_durably,
 )
 from training_ready.training.nodes import RunNodes
 from training_ready.training.run_folder import METRICS, RECIPE

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training_ready import TrainingReadyError
+from training_ready.storage.durable import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,6 @@ class StreamState:
             },
         }
         return {name: f"{then} then, {new} now" for name, (then, new) in then_and_now.items() if then != new}
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, flushes it to disk and renames it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def flush_to_disk(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from training_ready import TrainingReadyError
-from training_ready.training.checkpoints import write_durably
+from training_ready.storage.durable import write_durably
 
 _MARK = ".attempt"
 _PATIENCE_SECONDS = 10.0

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from training_ready import TrainingReadyError
-from training_ready.training.checkpoints import write_durably
+from training_ready.storage.durable import write_durably
 
 SUMMARY, METRICS, RECIPE, LOG = "summary.json", "metrics.jsonl", "recipe.yaml", "train.log"
 

@@ -62,24 +62,34 @@ def share_base(dense: Any, chosen: SharedBaseSection, *, seed: int) -> tuple[Any
     set_seed(seed)  # the same factors and routers in every process and at every start
     if chosen.start is None:
         experts = tuple(str(expert) for expert in range(chosen.experts))
-        model = build_shared_base(
-            dense,
-            experts=chosen.experts,
-            top_k=chosen.top_k,
-            rank=chosen.rank,
-            alpha=chosen.alpha,
-            dropout=chosen.dropout,
-        )
+        model = new_experts(dense, chosen)
     else:
         experts = _refuse_other_start(chosen, Path(chosen.start))
         model = load_shared_base(dense, Path(chosen.start), dropout=chosen.dropout)
-    for routed in routed_layers(model):
-        router: Any = routed.router
-        router.weight = nn.Parameter(router.weight.detach().to(torch.float32))
+    keep_routers_in_float32(model)
     route_in_float32(model)
     train_shared_base(model)
     model.enable_input_require_grads()  # re-entrant checkpointing needs an input with a gradient
     return model, SharedExperts(base=base, experts=experts)
+
+
+def new_experts(dense: Any, chosen: SharedBaseSection) -> Any:
+    """Experts over ``dense``, which is used up, as the recipe says; on the meta device in shapes only."""
+    return build_shared_base(
+        dense,
+        experts=chosen.experts,
+        top_k=chosen.top_k,
+        rank=chosen.rank,
+        alpha=chosen.alpha,
+        dropout=chosen.dropout,
+    )
+
+
+def keep_routers_in_float32(model: Any) -> None:
+    """The routers' weights; that they also compute in it is ``route_in_float32``."""
+    for routed in routed_layers(model):
+        router: Any = routed.router
+        router.weight = nn.Parameter(router.weight.detach().to(torch.float32))
 
 
 def _refuse_other_start(chosen: SharedBaseSection, start: Path) -> tuple[str, ...]:
