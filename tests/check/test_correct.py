@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from training_ready.check.run import Report
 
-Keys = dict[str, str | None]
+from .right_recipes import FULL, LORA, MOE, SCRATCH, Keys
+
 Check = Callable[..., Report]
-
-
-def recipe(name: str) -> Keys:
-    """A recipe that is right, one key per line."""
-    text = (Path(__file__).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return dict(line.split(": ", 1) for line in text.splitlines())
-
-
-SCRATCH, LORA, MOE, FULL = (recipe(name) for name in ("scratch", "lora", "moe", "full"))
 CALLS = "final_dataset/calls/manifest.json"
 NO_EVAL: Keys = {"eval_strategy": None, "eval_steps": None}
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,19 +11,8 @@ from training_ready.check import memory_trace
 from training_ready.check.memory_step import StepSpec, TraceError
 from training_ready.check.memory_trace import cut_layers, trace_step
 
+from . import real_step as real
 
-def _real_step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "memory_real_step", Path(__file__).with_name("real_step.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-real = _real_step()
 QUICK = (
     "dense, full, 64, optimizer not fused",
     "dense, LoRA, 512",

@@ -15,17 +15,9 @@ from transformers import AutoConfig
 from training_ready.check.run import PROBES, Report
 from training_ready.release.hub_server import EmbeddedHub
 
-Keys = dict[str, str | None]
+from .right_recipes import FULL, LORA, MOE, SCRATCH, Keys
+
 Check = Callable[..., Report]
-
-
-def recipe(name: str) -> Keys:
-    """A recipe that is right, one key per line."""
-    text = (Path(__file__).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return dict(line.split(": ", 1) for line in text.splitlines())
-
-
-SCRATCH, LORA, MOE, FULL = (recipe(name) for name in ("scratch", "lora", "moe", "full"))
 
 
 def corpus(name: str, **more: str) -> Keys:

@@ -73,7 +73,7 @@ MOE_WIDTH = {
 }
 
 
-def _config(model_type: str, **changes: Any) -> Any:
+def small_config(model_type: str, **changes: Any) -> Any:
     settings = {**SMALL, FAMILIES[model_type].experts: 4, **SPECIAL.get(model_type, {})}
     if model_type in MOE_WIDTH:
         settings["moe_intermediate_size"] = 24
@@ -82,7 +82,7 @@ def _config(model_type: str, **changes: Any) -> Any:
 
 def _model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(model_type, **changes), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(small_config(model_type, **changes), attn_implementation="eager")
     with torch.no_grad():
         for routed in routed_layers(model):
             routed.router.weight.normal_(std=0.5)
@@ -92,7 +92,7 @@ def _model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
 @pytest.fixture
 def tiny_config() -> Callable[..., Any]:
     """Builds a family's configuration with 4 experts, top-2 and a hidden size of 32."""
-    return _config
+    return small_config
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +19,8 @@ from training_ready.moe.shared_base import (
 )
 from training_ready.moe.shared_base_files import export_shared_base, load_shared_base, save_shared_base
 
-dense_models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dense_models.py"))))
+from . import dense_models
+
 CONFIGS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen3": Qwen3Config}
 
 

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +34,8 @@ from training_ready.moe.upcycle_export import export_upcycled
 from training_ready.moe.upcycle_means import DomainMeans, streamed_means
 from training_ready.moe.upcycle_target import target_config
 
+from . import dense_models
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 54_321.0,
@@ -44,7 +44,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-dense_models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dense_models.py"))))
 SHAPE = {**dense_models.SHAPE, "eos_token_id": 2, "max_position_embeddings": 128}
 BASES = {
     "mistral": MistralConfig(**{**SHAPE, "sliding_window": 6}),

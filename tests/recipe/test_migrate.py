@@ -13,6 +13,8 @@ from training_ready.recipe.faults import RecipeError
 from training_ready.recipe.load import load_recipe
 from training_ready.recipe.migrate import Migration, migrate
 
+from .old_recipes import MIXER, MIXTURE, TEMPLATE
+
 CORPUS = "final_dataset/x/manifest.json"
 
 COMMON = """\
@@ -48,24 +50,6 @@ save_total_limit: 1
 seed: 42
 warmup_ratio: 0.1
 """
-TEMPLATE = "chat_template: \"{% for m in messages %}\\n{{ m['content'] + eos_token }}${x}\\n{% endfor %}\"\n"
-MIXTURE = """\
-dataset_mixture:
-  datasets:
-    - id: org/chat
-      config: default
-      split: train_sft
-      columns: [messages]
-      weight: 0.5
-    - id: org/other
-      split: train
-      columns: [messages]
-      weight: 1.0
-  test_split_size: 1000
-  seed: 0
-dataset_num_proc: 12
-"""
-MIXER = "dataset_mixer:\n  org/set: 1.0\ndataset_splits:\n- train\n- test\npreprocessing_num_workers: 12\n"
 
 # name -> (text, family, keys that stop the migration)
 SHAPES: dict[str, tuple[str, str, set[str]]] = {

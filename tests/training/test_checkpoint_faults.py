@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -308,23 +307,9 @@ def test_credentials_that_expire_during_an_upload(
 
 
 # --------------------------------------------------------------------------- the disk
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for four checkpoints."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a file system can be mounted by root only")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 300_000])
-def test_a_disk_that_somebody_else_fills(world: World, small_disk: Path, left: int) -> None:
+def test_a_disk_that_somebody_else_fills(small_disk: Path, world: World, left: int) -> None:
     """Nothing is left for a line of metrics, or too little for a checkpoint; after it was cleared the run goes on."""
     world = replace(world, disk=small_disk)
     world.start()

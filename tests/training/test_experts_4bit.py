@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,24 +19,14 @@ from training_ready.moe.quant import quantised_experts
 from training_ready.recipe.faults import RecipeError
 from training_ready.release.build import build_release
 
+from . import dense_base
+
 RunHere = Callable[..., Any]
 WORDS = SimpleNamespace(
     license="mit", language=["en"], tags=[], summary="Tiny.", intended_use="Tests.", limits="Random."
 )
 ADAPTED = "moe: {experts_4bit: nf4, adapters: {rank: 4, alpha: 8}}\n"
 LORA = "use_peft: true\nlora_r: 4\nlora_alpha: 8\nlora_target_modules: [q_proj, o_proj]\n"
-
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-dense_base = _module("dense_base")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +20,9 @@ from training_ready.training import run
 from training_ready.training.moe_trainer import MoETrainer
 from training_ready.training.tokenizer import train_tokenizer
 
-TESTS = Path(__file__).parents[1]
+from ..moe.conftest import small_config
+from .moe_corpus import build_sixteen
+
 RECIPE = """
 data: {corpus: final_dataset/sixteen/manifest.json, eval_split: null}
 dtype: float32
@@ -45,35 +45,21 @@ MODES = {"full": "", "attention": LORA, "experts": ADAPTERS, "both": LORA + ADAP
 BALANCED_BY_A_BIAS = {"deepseek_v3"}
 
 
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def corpus(store_server: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return dict(
-        load_module(TESTS / "training/moe_corpus.py").build_sixteen(
-            store_server, tmp_path_factory.mktemp("c")
-        )
-    )
+    return build_sixteen(store_server, tmp_path_factory.mktemp("c"))
 
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny random model of a family with a tokenizer, in a folder."""
     folder = tmp_path_factory.mktemp("models")
-    models = load_module(TESTS / "moe/conftest.py")
     tokenizer = train_tokenizer(["what goes through your mind"], vocab_size=260)
 
     def build(family: str) -> Path:
         path = folder / family
         if not path.exists():
-            config = models._config(
+            config = small_config(
                 family,
                 vocab_size=len(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,

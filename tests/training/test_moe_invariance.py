@@ -5,7 +5,6 @@ One step of plain gradient descent moves each weight by learning rate x gradient
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training_ready.storage.embedded import EmbeddedStore
+
+from .moe_corpus import build_sixteen
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 1.0
@@ -55,18 +56,9 @@ packing: true
 Runs = Callable[..., None]
 
 
-def _corpus_module() -> object:
-    spec = importlib.util.spec_from_file_location("moe_corpus", HERE / "moe_corpus.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def environment(store_server: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return dict(_corpus_module().build_sixteen(store_server, tmp_path_factory.mktemp("sixteen")))  # type: ignore[attr-defined]
+    return build_sixteen(store_server, tmp_path_factory.mktemp("sixteen"))
 
 
 @pytest.fixture(scope="module")

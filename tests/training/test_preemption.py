@@ -264,20 +264,6 @@ def test_an_evaluation_is_left_and_the_step_before_it_is_saved(
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["loss"]["eval"] > 0
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for three checkpoints of the tiny model, and for no fourth."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a file system can be mounted by root only")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spares_what_is_complete(
     dense: Path, launch: Launch, small_disk: Path, uninterrupted: Callable[..., Path]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import signal
@@ -27,11 +26,7 @@ from training_ready.serving.engine import Engine
 from training_ready.serving.model import load_model
 from training_ready.serving.service import create_app
 
-_spec = importlib.util.spec_from_file_location("dense_base", Path(__file__).parent / "dense_base.py")
-assert _spec is not None
-assert _spec.loader is not None
-dense_base = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(dense_base)
+from . import dense_base
 
 SHARED = "moe: {shared_base: {experts: 4, top_k: 2, rank: 8, alpha: 16}}\n"
 WORDS = SimpleNamespace(
