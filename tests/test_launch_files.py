@@ -143,8 +143,9 @@ def test_two_processes_on_a_processor_need_torchrun(tmp_path: Path) -> None:
     """The header of cpu.yaml warns of accelerate's single process. If this fails, accelerate was mended: correct it."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "from accelerate import Accelerator\nstate = Accelerator()\n"
-        "print('rank', state.process_index, 'of', state.num_processes, flush=True)\n",
+        # One write for a line: with PYTHONUNBUFFERED set, two processes would mix the words of print.
+        "import os\nfrom accelerate import Accelerator\nstate = Accelerator()\n"
+        "os.write(1, f'rank {state.process_index} of {state.num_processes}\\n'.encode())\n",
         encoding="utf-8",
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
