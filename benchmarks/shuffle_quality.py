@@ -14,6 +14,7 @@ Rows are numbered as they lie in the corpus. Printed for each order, over one ep
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,9 @@ from training_ready.stream.lanes import Chapter
 from training_ready.stream.lengths import TokenCounts
 from training_ready.stream.line import PackLine
 from training_ready.stream.mixture import PERIOD
+from training_ready.stream.order import early_rounds
 from training_ready.stream.plan import PackPlan
+from training_ready.stream.token_set import TokenSet
 
 MAX_LENGTH, BATCH = 4096, 512
 
@@ -32,8 +35,7 @@ def index_of(rows: int, block_rows: int) -> TokenIndex:
     lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 0.8, rows).astype(np.int32), 8, MAX_LENGTH)
     blocks = [min(block_rows, rows - start) for start in range(0, rows, block_rows)]
     return TokenIndex(
-        shards=("benchmark",),
-        shard_blocks=(len(blocks),),
+        blocks=tuple(f"block-{number}" for number in range(len(blocks))),
         block_rows=np.asarray(blocks),
         block_bytes=np.asarray(blocks),
         lengths=lengths,
@@ -44,12 +46,24 @@ def index_of(rows: int, block_rows: int) -> TokenIndex:
     )
 
 
-def order_of(index: TokenIndex, *, lanes: int, blocks_per_group: int) -> tuple[npt.NDArray[np.int64], float]:
+def order_of(
+    index: TokenIndex, *, lanes: int, blocks_per_group: int, early: bool = False
+) -> tuple[npt.NDArray[np.int64], float]:
     """The rows of epoch 0 as they are trained, and the fill of their packs."""
-    line = PackLine(index, max_length=MAX_LENGTH, seed=3, blocks_per_group=blocks_per_group)
+    rounds = early_rounds(len(index.blocks), seed=3) if early else [np.arange(len(index.blocks))]
+    blocks = np.concatenate(rounds)
+    number = np.concatenate([np.arange(*index.block_starts[block : block + 2]) for block in blocks])
+    about: dict[str, Any] = {
+        "name": "benchmark",
+        "store": None,
+        "prefix": "",
+        "index": index,
+    }  # nothing is read
+    tokens = TokenSet.early(**about, seed=3) if early else TokenSet(**about)
+    line = PackLine(tokens, max_length=MAX_LENGTH, seed=3, blocks_per_group=blocks_per_group)
     plan = PackPlan({"data": line}, chapters=[Chapter(start=0, quota=(PERIOD,))], lanes=lanes)
     packs = [plan.rows(address) for p in range(line.packs_per_epoch) if (address := plan.address(p))]
-    return np.concatenate(packs), index.lengths.sum() / (line.packs_per_epoch * MAX_LENGTH)
+    return number[np.concatenate(packs)], index.lengths.sum() / (line.packs_per_epoch * MAX_LENGTH)
 
 
 def quality(order: npt.NDArray[np.int64], ideal: npt.NDArray[np.int64]) -> str:
@@ -72,11 +86,11 @@ def main(rows: int = 200_000, block_rows: int = 1000) -> None:
     print(f"{'full permutation':34} {quality(ideal, np.random.default_rng(9).permutation(rows))}")
     print(f"{'corpus order':34} {quality(np.arange(rows), ideal)}")
     for lanes in (1, 4, 16):
-        for blocks_per_group in (1, 2, 8):
-            order, fill = order_of(index, lanes=lanes, blocks_per_group=blocks_per_group)
+        for blocks_per_group, early in ((1, False), (2, False), (8, False), (8, True)):
+            order, fill = order_of(index, lanes=lanes, blocks_per_group=blocks_per_group, early=early)
             if sorted(order.tolist()) != list(range(rows)):
                 raise SystemExit("an epoch does not hold every row once")
-            name = f"{lanes} lanes, {blocks_per_group} blocks a group"
+            name = f"{lanes} lanes, {blocks_per_group} blocks a group" + ", early" * early
             print(f"{name:34} {quality(order, ideal)} {fill:7.2%}")
 
 

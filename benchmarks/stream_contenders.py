@@ -72,16 +72,17 @@ def bound(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokenise (or find the tokens of a run before), plan, and read every pack of an epoch."""
+    """Every pack of a pass, tokenised as it is asked for, or from the tokens of a run before."""
     import torch  # noqa: F401 - `datasets` imports it at the first row, and a trainer long before
 
     from training_ready.corpus.manifest import Shard
-    from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+    from training_ready.stream.assemble import Order, Part, pack_reader
     from training_ready.stream.dataset import pack_stream
     from training_ready.stream.index import TokenIndex
     from training_ready.stream.lengths import LengthPolicy
     from training_ready.stream.render import ChatRenderer
-    from training_ready.stream.tokens import TokenCache
+    from training_ready.stream.token_set import TokenSet
+    from training_ready.stream.tokens import Share, TokenCache
 
     store = _connected(job)
     tokenizer = _tokenizer(job)
@@ -92,18 +93,22 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         renderer=ChatRenderer(tokenizer, "assistant"),
         policy=LengthPolicy(max_length=CAPACITY),
     )
-    index = cache.ensure([Shard(**shard) for shard in job["shards"]], workers=job.get("workers", 1))
-    index = TokenIndex.joined([index] * job.get("copies", 1))
-    tokens = TokenSet(name="synthetic", store=store, prefix="final_dataset/synthetic/tokens", index=index)
-    order = Order(max_length=CAPACITY, seed=1, epochs=1, lanes=job.get("lanes", 1))
+    shards, share = [Shard(**shard) for shard in job["shards"]], Share(workers=job.get("workers", 1))
+    if "copies" in job:
+        index = TokenIndex.joined([cache.ensure(shards, share)] * job["copies"])
+        tokens = TokenSet(name="synthetic", store=store, prefix=cache.prefix, index=index)
+    else:
+        tokens = cache.begin("synthetic", shards, 1, share)
+    order = Order(max_length=CAPACITY, seed=1, lanes=job.get("lanes", 1))
     packs = pack_reader({"data": Part(tokens=tokens)}, order)
-    total = packs.plan.last_position() or 0
-    start = int(total * job.get("from_share", 0.0)) // order.lanes * order.lanes
-    for pack in pack_stream(packs, position=start, global_batch=order.lanes, fill_last_batch=False):
+    plan, start = packs.plan, 0
+    if "from_share" in job:
+        start = int(plan.packs_per_pass * job["from_share"]) // order.lanes * order.lanes
+    for position, pack in enumerate(pack_stream(packs, position=start, global_batch=order.lanes), start + 1):
         measure.take(len(pack["input_ids"]), CAPACITY)
-        if "from_share" in job:
+        if "from_share" in job or (tokens.complete and position == plan.packs_per_pass):
             break
-    rows = index.rows if "from_share" not in job else 0
+    rows = tokens.index.rows if "from_share" not in job else 0
     return measure.result(rows, reader=str(store.traffic.cost()))
 
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training_ready.corpus.manifest import Shard
-from training_ready.corpus.shards import SHARD_SCHEMA
+from training_ready.corpus.shards import SHARD_SCHEMA, describe_shard
 
-ROW_GROUP = 2000
+ROW_GROUP = 1000
 
 
 def words(count: int = 3000, seed: int = 0) -> list[str]:
@@ -55,17 +55,7 @@ def write_corpus(folder: Path, rows: int, *, shards: int, seed: int) -> list[Sha
                 some = [next(source) for _ in range(min(ROW_GROUP, count - start))]
                 lines.writelines(json.dumps({"messages": one}).encode() + b"\n" for one in some)
                 writer.write_table(pa.Table.from_pylist([_row(one) for one in some], schema=SHARD_SCHEMA))
-        data = parquet.read_bytes()
-        entries.append(
-            Shard(
-                key=f"final_dataset/synthetic/train/{parquet.name}",
-                bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-                records=count,
-                split="train",
-                row_groups=[min(ROW_GROUP, count - start) for start in range(0, count, ROW_GROUP)],
-            )
-        )
+        entries.append(describe_shard(parquet, f"final_dataset/synthetic/train/{parquet.name}", "train"))
     return entries
 
 

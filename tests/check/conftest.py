@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig
 
 from training_ready.check.run import Report, check_recipe
 from training_ready.corpus.build import build_corpus
-from training_ready.corpus.manifest import Manifest, Shard, SourceCounts
-from training_ready.corpus.record import content_hash
-from training_ready.corpus.shards import SHARD_SCHEMA
 from training_ready.corpus.spec import load_spec
 from training_ready.release.connection import hub_api
 from training_ready.release.hub_server import EmbeddedHub
@@ -27,122 +19,14 @@ from training_ready.storage.embedded import EmbeddedStore
 from training_ready.storage.objects import ObjectStore
 from training_ready.training.tokenizer import train_tokenizer
 
+from ..corpora import put_corpus, row, talk
+
 REPOSITORY = Path(__file__).parents[2]
 CONVERSATIONS = REPOSITORY / "src/training_ready/corpus/quickstart"
 TEMPLATES = Path(__file__).parent / "templates"
 TOPOLOGIES = Path(__file__).parent / "topologies"
-Turns = Sequence[tuple[str, str]]
 
 
-def talk(number: int, exchanges: int = 2) -> list[tuple[str, str]]:
-    """A conversation that no other number gives."""
-    turns = []
-    for i in range(exchanges):
-        turns.append(
-            ("user", f"I keep thinking about call {number}, for the {i}th night now, and I cannot sleep.")
-        )
-        turns.append(
-            ("assistant", f"What is it about call {number} that comes back first, after {i} nights?")
-        )
-    return turns
-
-
-def row(
-    turns: Turns, *, split: str = "train", target: str = "assistant", stage: str = "stage1_foundation"
-) -> Any:
-    """A row of a shard as the build writes it."""
-    messages = [{"role": role, "content": text} for role, text in turns]
-    digest = "sha256:" + hashlib.sha256(json.dumps(list(turns)).encode()).hexdigest()
-    if all(text.strip() for _, text in turns):
-        from training_ready.corpus.record import Message
-
-        digest = content_hash([Message.model_validate(message) for message in messages])
-    metadata = {
-        "source_family": "calls",
-        "source_key": "calls.jsonl#1",
-        "content_hash": digest,
-        "pii_status": "none_detected",
-        "license_tag": "cc0-1.0",
-        "split": split,
-        "stage": stage,
-        "target_role": target,
-        "provenance": {
-            "original_s3_key": "calls.jsonl",
-            "pipeline_version": "1",
-            "processed_at": "2026-01-01T00:00:00Z",
-            "steps": [],
-        },
-    }
-    return {
-        "content_hash": digest,
-        "messages": messages,
-        "source_family": "calls",
-        "stage": stage,
-        "target_role": target,
-        "domain": None,
-        "metadata": json.dumps(metadata),
-    }
-
-
-def put_corpus(store: ObjectStore, name: str, splits: Mapping[str, Sequence[Any]]) -> str:
-    """Write rows as a corpus, whatever is wrong with them; returns the key of its manifest."""
-    shards = []
-    for split, rows in splits.items():
-        path = Path(f"/tmp/{uuid.uuid4().hex}.parquet")
-        pq.write_table(pa.Table.from_pylist(list(rows), SHARD_SCHEMA), path)
-        key = f"final_dataset/{name}/{split}/shard-00000.parquet"
-        data = path.read_bytes()
-        path.unlink()
-        store.put_bytes(key, data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(
-            Shard(
-                key=key,
-                bytes=len(data),
-                sha256=digest,
-                records=len(rows),
-                split=split,
-                row_groups=[len(rows)],
-            )  # type: ignore[arg-type]
-        )
-    total = [one for rows in splits.values() for one in rows]
-    counts = {split: len(rows) for split, rows in splits.items()}
-    source = SourceCounts(
-        name="calls",
-        family="calls",
-        records_in=len(total),
-        kept=len(total),
-        splits=counts,  # type: ignore[arg-type]
-        licenses={"cc0-1.0": len(total)},
-    )
-    manifest = Manifest(
-        name=name,
-        generated_at=datetime(2026, 1, 1, tzinfo=UTC),
-        pipeline_version="1",
-        spec_sha256="sha256:" + "0" * 64,
-        spec={},
-        records=len(total),
-        splits=counts,  # type: ignore[arg-type]
-        stages=_count(total, "stage"),
-        target_roles=_count(total, "target_role"),
-        holdout_families=[],
-        sources=[source],
-        inputs=[],
-        shards=shards,
-    )
-    key = f"final_dataset/{name}/manifest.json"
-    store.put_bytes(key, manifest.stored_bytes())
-    return key
-
-
-def _count(rows: Sequence[Any], field: str) -> Any:
-    found: dict[str, int] = {}
-    for one in rows:
-        found[one[field]] = found.get(one[field], 0) + 1
-    return found
-
-
-# --------------------------------------------------------------------------- the servers
 @pytest.fixture(scope="session")
 def bucket(store_server: EmbeddedStore) -> ObjectStore:
     """One bucket with every corpus that the recipes of these tests name."""
@@ -165,6 +49,7 @@ def bucket(store_server: EmbeddedStore) -> ObjectStore:
     bad = row(talk(77))
     bad["metadata"] = bad["metadata"].replace("cc0-1.0", "")
     put_corpus(store, "unlicensed", {"train": [*train, bad]})
+    put_corpus(store, "all_unlicensed", {"train": [bad]})
     put_corpus(store, "lost", {"train": train})
     store.delete("final_dataset/lost/train/shard-00000.parquet")
     put_corpus(store, "changed", {"train": train})

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from training_ready.corpus.manifest import Shard
-from training_ready.corpus.shards import SHARD_SCHEMA
 from training_ready.storage.objects import ObjectStore
-from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.assemble import Order, Part, pack_reader
 from training_ready.stream.groups import PackReader
 from training_ready.stream.index import TokenIndex
 from training_ready.stream.lengths import LengthPolicy
 from training_ready.stream.render import ChatRenderer
+from training_ready.stream.token_set import TokenSet
 from training_ready.stream.tokens import TokenCache
 from training_ready.training.tokenizer import train_tokenizer
+
+from ..corpora import put_shard
 
 WORDS = ["night", "house", "work", "brother", "silence", "river", "letter", "breath", "morning", "door"]
 
@@ -48,17 +46,6 @@ def numbered_conversation(
         "domain": None,
         "metadata": metadata,
     }
-
-
-def put_shard(store: ObjectStore, key: str, rows: list[dict[str, Any]]) -> Shard:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), buffer)
-    data = buffer.getvalue()
-    store.put_bytes(key, data)
-    digest = hashlib.sha256(data).hexdigest()
-    return Shard(
-        key=key, bytes=len(data), sha256=digest, records=len(rows), split="train", row_groups=[len(rows)]
-    )
 
 
 @pytest.fixture(scope="session")

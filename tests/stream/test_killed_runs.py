@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,27 @@ from training_ready.corpus.spec import load_spec
 from training_ready.storage.embedded import EmbeddedStore
 from training_ready.storage.objects import ObjectStore
 
+from ..corpora import blocks_in, put_corpus, row, talk
 from ..training.forked_runs import ForkedRuns
 
 REPOSITORY = Path(__file__).parents[2]
 CONVERSATIONS = REPOSITORY / "src/training_ready/corpus/quickstart"
 STEPS, GLOBAL_BATCH, KILLS = 60, 4, 10
+ROWS, BLOCKS = 9_000, 90  # of a corpus that takes longer to tokenise than its first steps to train
 STAGES = 60  # about as many file operations as a save of one rank makes
-RECIPE = """
+MIXED = """
 data: {corpus: final_dataset/quickstart/manifest.json}
-model:
-  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 2, max_position_embeddings: 1024}
-  tokenizer: {vocab_size: 600}
 stream:
   mixture:
     early: {stages: [stage1_foundation], weight: 2}
     later: {stages: [stage2_therapeutic_expertise, stage3_edge_stress_test, stage4_voice_persona], weight: 1}
+"""
+ALONE = "data: {corpus: final_dataset/numbers/manifest.json}"
+RECIPE = """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2, max_position_embeddings: 1024}
+  tokenizer: {vocab_size: 600}
 attn_implementation: sdpa
 dtype: float32
 bf16: false
@@ -81,10 +86,11 @@ def ranks(environment: dict[str, str]) -> Iterator[list[ForkedRuns]]:
 class Run:
     """One run folder, trained by any number of processes in turn."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], data: str = MIXED) -> None:
         self.folder, self._environment = folder, environment
         self._recipe = folder.with_suffix(".yaml")
-        self._recipe.write_text(f"output_dir: {folder}\nmax_steps: {STEPS}\n{RECIPE}", encoding="utf-8")
+        text = f"output_dir: {folder}\nmax_steps: {STEPS}\n{data}\n{RECIPE}"
+        self._recipe.write_text(text, encoding="utf-8")
 
     def launch(self, processes: int) -> subprocess.Popen[bytes]:
         launcher = [sys.executable]
@@ -107,11 +113,12 @@ class Run:
     def finish(self, processes: int) -> None:
         assert self.launch(processes).wait(timeout=300) == 0, self.output()
 
-    def kill_launcher(self, processes: int) -> None:
-        """Killed as soon as there is a checkpoint newer than those of earlier starts. No rank may outlive it."""
+    def kill_launcher(self, processes: int, also: Callable[[], bool] = lambda: True) -> None:
+        """Killed as soon as there is a checkpoint newer than those of earlier starts, and whatever is waited for
+        ``also``. No rank may outlive it."""
         before = self.newest()
         launcher = self.launch(processes)
-        while self.newest() <= before and launcher.poll() is None:
+        while not (self.newest() > before and also()) and launcher.poll() is None:
             time.sleep(0.02)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         assert len(children) == (processes if processes > 1 else 0), self.output()
@@ -227,3 +234,38 @@ def test_ten_kills_change_no_weight_and_other_world_sizes_no_row(
     assert elastic.logged(*counts) == whole.logged(*counts)
     for (_, one), (_, two) in zip(elastic.logged("loss"), whole.logged("loss"), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_before_all_is_tokenised_change_no_row_and_no_weight(
+    environment: dict[str, str], store: ObjectStore, tmp_path: Path
+) -> None:
+    """The first packs are trained before the last rows are tokenised, by ranks that make the tokens for each other."""
+    rows = [row(talk(number)) for number in range(ROWS)]
+    put_corpus(store, "numbers", {"train": rows}, ROWS // BLOCKS)
+
+    def tokenised() -> int:
+        return blocks_in(store, "numbers")
+
+    killed = Run(tmp_path / "killed", environment, ALONE)
+    seen = []
+    for _ in range(2):
+        killed.kill_launcher(2)
+        seen.append((killed.newest(), tokenised()))
+    assert seen[0][1] < BLOCKS, f"(step, blocks) {seen}: all was tokenised before the first kill"
+    killed.finish(2)
+    assert tokenised() == BLOCKS
+    elastic = Run(tmp_path / "elastic", environment, ALONE)
+    for info in list(store.list("final_dataset/numbers/tokens/")):
+        store.delete(info.key)
+    elastic.kill_launcher(2)
+    elastic.kill_launcher(1)
+    elastic.finish(2)
+    whole = Run(tmp_path / "whole", environment, ALONE)
+    whole.finish(2)
+    counts = ["num_tokens", "stream/fill", *sorted(whole.sources())]
+    assert killed.logged("loss", "grad_norm", *counts) == whole.logged("loss", "grad_norm", *counts)
+    expected, found = whole.weights(), killed.weights()
+    assert all((expected[name] == found[name]).all() for name in expected)
+    assert elastic.logged(*counts) == whole.logged(*counts)

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.assemble import Order, Part, pack_reader
 from training_ready.stream.index import Cell, TokenIndex
 from training_ready.stream.lengths import TokenCounts
+from training_ready.stream.order import early_rounds
 from training_ready.stream.plan import PackPlan, lanes_for, positions
 from training_ready.stream.shards import StreamError
+from training_ready.stream.token_set import TokenSet
 
 CAPACITY = 64
 
@@ -26,8 +28,7 @@ def index_of(rows_per_block: Sequence[int], *, cells: int = 1, name: str = "x", 
     rows = sum(rows_per_block)
     lengths = random.integers(1, CAPACITY + 1, rows).astype(np.int32)
     return TokenIndex(
-        shards=(name,),
-        shard_blocks=(len(rows_per_block),),
+        blocks=tuple(f"{name}-{number}" for number in range(len(rows_per_block))),
         block_rows=np.asarray(rows_per_block, dtype=np.int64),
         block_bytes=np.asarray(rows_per_block, dtype=np.int64) * 100,
         lengths=lengths,
@@ -51,7 +52,7 @@ class _NoBucket:
 
 def plan_of(parts: dict[str, Part], **order: Any) -> PackPlan:
     for part in parts.values():
-        object.__setattr__(part.tokens, "store", _NoBucket())
+        part.tokens.store = _NoBucket()  # type: ignore[assignment]
     settled = Order(**{"max_length": CAPACITY, "seed": 3, "blocks_per_group": 2, **order})
     return pack_reader(parts, settled, remember=False).plan
 
@@ -270,3 +271,83 @@ def test_the_index_survives_its_bytes() -> None:
     for name in ("lengths", "learned", "cell_of_row", "block_rows", "block_bytes"):
         assert (getattr(again, name) == getattr(index, name)).all()
         assert getattr(again, name).dtype == getattr(index, name).dtype
+
+
+def early_tokens(index: TokenIndex, seed: int = 3, *, there: int | None = None) -> TokenSet:
+    """The index as a set that grows round by round, of which ``there`` rounds came at once; None: all."""
+    order = early_rounds(len(index.blocks), seed=seed)
+    there = len(order) if there is None else min(there, len(order))
+    return TokenSet(
+        name="x",
+        store=_NoBucket(),  # type: ignore[arg-type]
+        prefix="x",
+        index=index.in_order(np.concatenate(order[:there])),
+        rounds=np.cumsum([len(one) for one in order[:there]]).tolist(),
+        coming=(index.in_order(one) for one in order[there:]),
+        blocks=len(index.blocks),
+        fingerprint=index.fingerprint,
+    )
+
+
+@given(blocks, st.sampled_from([1, 2, 4, 12]), st.integers(1, 4), st.integers(0, 400))
+@settings(max_examples=60, deadline=None)
+def test_an_early_order_does_not_depend_on_what_is_there(
+    per_block: list[int], lanes: int, there: int, position: int
+) -> None:
+    index = index_of(per_block, cells=3)
+    whole = plan_of({"data": Part(tokens=early_tokens(index))}, lanes=lanes)
+    growing = plan_of({"data": Part(tokens=early_tokens(index, there=there))}, lanes=lanes)
+    assert growing.fingerprint == whole.fingerprint
+    assert growing.address(position) == whole.address(position)
+    assert rows_at(growing, range(position)) == rows_at(whole, range(position))
+    counted, expected = growing.count(position)["data"], whole.count(position)["data"]
+    assert (counted.packs, counted.rows, counted.tokens) == (expected.packs, expected.rows, expected.tokens)
+
+
+@given(blocks, st.integers(1, 3), st.sampled_from([1, 3, 8]))
+@settings(max_examples=40, deadline=None)
+def test_early_epochs_hold_every_row_exactly_as_often(per_block: list[int], epochs: int, lanes: int) -> None:
+    index = index_of(per_block)
+    plan = plan_of({"data": Part(tokens=early_tokens(index, there=1))}, lanes=lanes)
+    for epoch in range(epochs):
+        first = epoch * plan.packs_per_pass
+        rows = rows_at(plan, range(first, first + plan.packs_per_pass))
+        assert sorted(rows) == [(0, row) for row in range(index.rows)]
+
+
+@given(mixtures(), st.sampled_from([1, 3, 8]))
+@settings(max_examples=20, deadline=None)
+def test_a_choice_of_rows_can_begin_early(parts: dict[str, Part], lanes: int) -> None:
+    chosen = parts["part0"]
+    tokens = early_tokens(chosen.tokens.index, there=1)
+    plan = plan_of({"data": Part(tokens=tokens, sources=chosen.sources)}, lanes=lanes)
+    rows = rows_at(plan, range(plan.packs_per_pass))
+    names = {tokens.index.cells[tokens.index.cell_of_row[row]].source for _, row in rows}
+    assert chosen.sources is None or names == set(chosen.sources)
+    assert len(rows) == len(set(rows)) == plan.count(plan.packs_per_pass)["data"].rows
+
+
+def test_a_pack_waits_for_no_later_round() -> None:
+    tokens = early_tokens(index_of([20] * 64), there=1)
+    plan = plan_of({"data": Part(tokens=tokens)}, lanes=4)
+    assert tokens.rounds == [1]
+    asked = []
+    for position in range(plan.packs_per_pass if tokens.complete else 10_000):
+        address = plan.address(position)
+        assert address is not None
+        asked.append((position, max(plan.lines[0].groups[address.group]), tokens.rounds[-1]))
+        if tokens.complete:
+            break
+    # What is there when a pack is found is never more than twice the blocks that its round begins with.
+    assert all(block < there <= max(1, 2 * block) for _, block, there in asked)
+    assert [there for _, _, there in asked] == sorted(there for _, _, there in asked)
+
+
+def test_what_needs_counts_cannot_begin_early() -> None:
+    index = index_of([20] * 4)
+    for order, choice in (({"epochs": 1}, {}), ({"shuffle": False}, {}), ({}, {"max_epochs": 2.0})):
+        with pytest.raises(StreamError, match="need every pack counted"):
+            plan_of({"data": Part(tokens=early_tokens(index), **choice)}, **order)
+    two = {name: Part(tokens=early_tokens(index_of([20], name=name))) for name in "ab"}
+    with pytest.raises(StreamError, match="need every pack counted"):
+        plan_of(two)

@@ -84,7 +84,7 @@ def test_tokenising_goes_on_with_the_segment_that_is_missing(
     assert whole.block_rows.tolist() == [40, 40, 20]
     made = {info.key: info.etag for info in store.list("t/")}
     [index] = [key for key in made if "/index-" in key]
-    for lost in (index, *whole.shards[1:]):
+    for lost in (index, *whole.blocks[1:]):
         store.delete(lost)
     store.traffic._reset()
     assert cache().ensure().lengths.tolist() == whole.lengths.tolist()

@@ -11,11 +11,16 @@ import pytest
 from datasets import IterableDataset
 
 from training_ready.storage.objects import ObjectStore
+from training_ready.stream import load
+from training_ready.stream.assemble import Order, Part, pack_reader
 from training_ready.stream.dataset import pack_stream
 from training_ready.stream.groups import PackReader
 from training_ready.stream.order import block_groups
 from training_ready.stream.shards import StreamError
 from training_ready.stream.sight import StreamSight
+
+from ..corpora import blocks_in, put_corpus, put_shard
+from .conftest import numbered_conversation
 
 CAPACITY = 128
 ReadPacks = Callable[..., PackReader]
@@ -184,3 +189,47 @@ def test_every_block_is_read_once_an_epoch() -> None:
     groups = block_groups(np.arange(11), 4, seed=5)
     assert sorted(block for group in groups for block in group) == list(range(11))
     assert [len(group) for group in groups] == [4, 4, 3]
+
+
+def test_the_first_packs_come_when_a_block_is_tokenised(
+    store: ObjectStore, make_cache: Callable[..., Any], tokenizer: Any
+) -> None:
+    shards = [
+        put_shard(
+            store, f"early/train/{i}.parquet", [numbered_conversation(50 * i + n) for n in range(50)], 10
+        )
+        for i in range(2)
+    ]
+    order = Order(max_length=CAPACITY, seed=3, blocks_per_group=2, lanes=2)
+
+    def packs() -> PackReader:
+        tokens = make_cache().begin("numbers", shards, 3)
+        return pack_reader({"data": Part(tokens=tokens)}, order)
+
+    def tokenised() -> int:
+        return blocks_in(store, "numbers")
+
+    first = packs()
+    stream = iter(pack_stream(first, global_batch=2))
+    seen = list(islice(stream, 1))
+    assert tokenised() < 10
+    seen += islice(stream, 150)
+    assert tokenised() == 10
+    per_pass = first.plan.packs_per_pass
+    assert sorted(rows_in(seen[:per_pass], tokenizer)) == list(range(100))
+    assert sorted(rows_in(seen[per_pass : 2 * per_pass], tokenizer)) == list(range(100))
+    # From the tokens in the bucket, and resumed in the middle of a round, the same packs come.
+    for start in (0, 6):
+        again = islice(pack_stream(packs(), global_batch=2, position=start), 151 - start)
+        assert [pack["input_ids"].tolist() for pack in again] == [
+            pack["input_ids"].tolist() for pack in seen[start:]
+        ]
+
+
+def test_load_begins_early_where_nothing_has_to_be_counted(store: ObjectStore, tokenizer: Any) -> None:
+    manifest = put_corpus(store, "early", {"train": [numbered_conversation(n) for n in range(60)]}, 10)
+    early = load(manifest, tokenizer, max_length=CAPACITY, settings=store.settings)
+    next(iter(early))
+    assert 1 <= blocks_in(store, "early") < 6
+    counted = load(manifest, tokenizer, max_length=CAPACITY, settings=store.settings, epochs=1)
+    assert sorted(rows_in(counted, tokenizer)) == list(range(60))

@@ -5,20 +5,31 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from training_ready.storage.disk_cache import DiskCache
 from training_ready.storage.objects import ObjectStore
+from training_ready.stream.assemble import Order, Part, pack_reader
 from training_ready.stream.blocks import BLOCK_ROWS, BlockReader
-from training_ready.stream.index import wanted_cells
+from training_ready.stream.dataset import pack_stream
+from training_ready.stream.index import TokenIndex, wanted_cells
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokens import TokenCache
+from training_ready.stream.token_set import TokenSet
+from training_ready.stream.tokens import Share, TokenCache
 
-from .conftest import numbered_conversation, put_shard
+from ..corpora import blocks_in, put_shard
+from .conftest import numbered_conversation
 
 KEY = "final_dataset/numbers/train/shard-0.parquet"
+
+
+def tokens_of(store: ObjectStore, index: TokenIndex) -> TokenSet:
+    return TokenSet(name="numbers", store=store, prefix="final_dataset/numbers/tokens", index=index)
 
 
 def test_rows_come_back_as_they_were_rendered(
@@ -28,7 +39,7 @@ def test_rows_come_back_as_they_were_rendered(
     cache = make_cache()
     index = cache.ensure([put_shard(store, KEY, rows)])
     assert index.block_rows.tolist() == [BLOCK_ROWS, 5]
-    reader = BlockReader(store, index)
+    reader = BlockReader(store, tokens_of(store, index))
     read = [reader.read(block).row(row) for block in (0, 1) for row in range(index.block_rows[block])]
     for row, conversation in zip(rows[::97], read[::97], strict=True):
         rendered = cache._renderer.render(row["messages"])
@@ -72,19 +83,22 @@ def test_a_node_with_a_disk_cache_never_fetches_what_it_wrote(
     cache = make_cache()
     shard = put_shard(store, KEY, [numbered_conversation(n) for n in range(50)])
     cache = TokenCache(
-        store=cached, corpus_prefix="final_dataset/numbers", renderer=cache._renderer, policy=cache._policy
+        store=cached,
+        corpus_prefix="final_dataset/numbers",
+        renderer=cache._renderer,
+        policy=cache._policy,
     )
     index = cache.ensure([shard])
     fetched = cached.traffic.cost().bytes
     assert fetched >= shard.bytes
-    assert len(BlockReader(cached, index).read(0)) == 50
+    assert len(BlockReader(cached, tokens_of(cached, index)).read(0)) == 50
     assert cached.traffic.cost().bytes == fetched
 
 
 def test_a_block_costs_its_own_bytes_once(store: ObjectStore, make_cache: Callable[..., TokenCache]) -> None:
     shard = put_shard(store, KEY, [numbered_conversation(n) for n in range(2 * BLOCK_ROWS)])
     index = make_cache().ensure([shard])
-    reader = BlockReader(store, index)
+    reader = BlockReader(store, tokens_of(store, index))
     reader.read(0)
     before = store.traffic.cost()
     reader.read(1)
@@ -93,12 +107,12 @@ def test_a_block_costs_its_own_bytes_once(store: ObjectStore, make_cache: Callab
     assert after.requests - before.requests == 1
 
 
-def test_another_length_policy_or_role_means_other_tokens(make_cache: Callable[..., TokenCache]) -> None:
-    class Named:
-        key, sha256, records = KEY, "0" * 64, 1
-
+def test_another_length_policy_or_role_means_other_tokens(
+    store: ObjectStore, make_cache: Callable[..., TokenCache]
+) -> None:
+    shard = put_shard(store, KEY, [numbered_conversation(1)])
     caches = [make_cache(), make_cache(max_length=64), make_cache(overlong="drop"), make_cache(role="user")]
-    assert len({cache.key_of(Named()) for cache in caches}) == 4
+    assert len({cache.blocks_of([shard])[0].key for cache in caches}) == 4
 
 
 def test_long_rows_are_counted_whatever_becomes_of_them(
@@ -157,16 +171,92 @@ def test_ranks_share_the_work_and_wait_for_each_other(
 ) -> None:
     shards = [put_shard(store, f"{KEY}.{i}", [numbered_conversation(i)]) for i in range(3)]
     done: list[int] = []
+    share = Share(world_size=2, advance=done.append, patience_seconds=0)
     with pytest.raises(StreamError, match="waited 0 s for another rank"):
-        make_cache().ensure(shards, rank=0, world_size=2, advance=done.append, patience_seconds=0)
+        make_cache().ensure(shards, share)
     assert len(done) == 2  # shards 0 and 2 are rank 0's
     with pytest.raises(StreamError, match="index of the tokens"):  # which rank 0 writes
-        make_cache().ensure(shards, rank=1, world_size=2, advance=done.append, patience_seconds=0)
+        make_cache().ensure(shards, replace(share, rank=1))
     assert len(done) == 3
-    assert make_cache().ensure(shards, rank=0, world_size=2).shard_blocks == (1, 1, 1)
-    assert make_cache().ensure(shards, rank=1, world_size=2).rows == 3
+    assert make_cache().ensure(shards, Share(world_size=2)).block_rows.tolist() == [1, 1, 1]
+    assert make_cache().ensure(shards, Share(rank=1, world_size=2)).rows == 3
 
 
 def test_the_corpus_room_needs_no_torch() -> None:
     code = "import sys, training_ready.corpus.manifest; sys.exit(any(m in sys.modules for m in ('torch', 'trl')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_early_beginning_tokenises_what_is_asked_for(
+    store: ObjectStore, make_cache: Callable[..., TokenCache]
+) -> None:
+    shards = [
+        put_shard(store, f"{KEY}.{i}", [numbered_conversation(20 * i + n) for n in range(20)], 5)
+        for i in range(3)
+    ]
+    early = make_cache().begin("numbers", shards, 3)
+    assert (blocks_in(store, "numbers"), early.rounds, early.blocks, early.complete) == (1, [1], 12, False)
+    early.grow()
+    early.grow()
+    assert (blocks_in(store, "numbers"), early.rounds) == (4, [1, 2, 4])
+    while not early.complete:
+        early.grow()
+    assert early.rounds == [1, 2, 4, 8, 12]
+    # The next run finds all of it, in the same order; and so does one that wants it in the corpus's order.
+    again = make_cache().begin("numbers", shards, 3)
+    assert (again.complete, again.rounds, again.fingerprint) == (True, early.rounds, early.fingerprint)
+    assert again.index.blocks == early.index.blocks
+    assert again.index.lengths.tolist() == early.index.lengths.tolist()
+    for info in list(store.list(KEY)):
+        store.delete(info.key)
+    whole = make_cache().ensure(shards)
+    assert whole.fingerprint == early.fingerprint
+    assert sorted(whole.lengths.tolist()) == sorted(early.index.lengths.tolist())
+    assert whole.counts == early.index.counts
+
+
+def test_ranks_that_begin_early_find_the_same_rounds(
+    store: ObjectStore, make_cache: Callable[..., TokenCache]
+) -> None:
+    shards = [put_shard(store, f"{KEY}.{i}", [numbered_conversation(i)] * 4, 1) for i in range(3)]
+
+    def rank(number: int) -> list[list[int]]:
+        tokens = make_cache().begin(
+            "numbers", shards, 5, Share(rank=number, world_size=3, patience_seconds=60)
+        )
+        while not tokens.complete:
+            tokens.grow()
+        return [tokens.rounds, tokens.index.lengths.tolist()]
+
+    with ThreadPoolExecutor(3) as ranks:
+        one, two, three = ranks.map(rank, range(3))
+    assert one == two == three
+    assert one[0] == [1, 2, 4, 8, 12]
+
+
+def test_a_row_that_cannot_be_trained_stops_the_round_it_is_in(
+    store: ObjectStore, make_cache: Callable[..., TokenCache]
+) -> None:
+    rows = [numbered_conversation(n, role="user" if n == 29 else "assistant") for n in range(40)]
+    shard = put_shard(store, KEY, rows, 5)
+    packs = pack_reader(
+        {"data": Part(tokens=make_cache().begin("numbers", [shard], 3))}, Order(max_length=128, seed=3)
+    )
+    with pytest.raises(StreamError, match="its target role is 'user'"):
+        list(islice(pack_stream(packs), 100))
+
+
+def test_a_block_whose_rows_were_all_dropped_is_no_gap(
+    store: ObjectStore, make_cache: Callable[..., TokenCache]
+) -> None:
+    lengths = make_cache(max_length=4096).ensure(
+        [put_shard(store, KEY, [numbered_conversation(n) for n in range(9)])]
+    )
+    limit = int(min(lengths.lengths[3:6])) - 1
+    shard = put_shard(store, f"{KEY}.b", [numbered_conversation(n) for n in range(9)], 3)
+    index = make_cache(max_length=limit, overlong="drop").ensure([shard])
+    assert index.block_rows[1] == 0
+    assert index.rows + index.counts.dropped_rows == 9
+    again = make_cache(max_length=limit, overlong="drop").find([shard])
+    assert again is not None
+    assert again.block_rows.tolist() == index.block_rows.tolist()

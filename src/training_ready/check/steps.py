@@ -11,11 +11,13 @@ from training_ready.check.context import CheckContext
 from training_ready.check.corpora import mixture_parts, origin_of
 from training_ready.recipe.sections import MixturePart
 from training_ready.stream.blocks import BLOCK_ROWS
-from training_ready.stream.index import Cell, TokenIndex, wanted_cells
+from training_ready.stream.index import Cell, TokenIndex
 from training_ready.stream.lengths import LengthPolicy, TokenCounts
 from training_ready.stream.line import PackLine
 from training_ready.stream.shards import StreamError
+from training_ready.stream.token_set import TokenSet
 from training_ready.stream.tokens import TokenCache
+from training_ready.training.data import begins_early, data_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +80,19 @@ def _part(context: CheckContext, part: MixturePart) -> tuple[int, int, bool]:
     index, scale = _counted(context, origin[0], origin[1]), 1.0
     if index is None:
         index, scale = _index_of_sample(context, origin), context.sample.scale(origin)
-    seed, data_seed = recipe.effective("seed"), recipe.effective("data_seed")
+    store, seed = context.corpora[origin[0]].store, data_seed(recipe)
+    rows = (
+        TokenSet.early(name=origin[0], store=store, prefix="", index=index, seed=seed)
+        if begins_early(recipe)
+        else TokenSet(name=origin[0], store=store, prefix="", index=index)
+    )
     line = PackLine(
-        index,
+        rows,
         max_length=recipe.effective("max_length"),
-        seed=seed if data_seed is None else data_seed,
-        cells=wanted_cells(index, sources=part.sources, stages=part.stages, components=part.components),
+        seed=seed,
+        sources=part.sources,
+        stages=part.stages,
+        components=part.components,
         packing=recipe.effective("packing"),
         blocks_per_group=recipe.stream.blocks_per_group,
     )
@@ -122,8 +131,7 @@ def _index_of_sample(context: CheckContext, origin: tuple[str, str]) -> TokenInd
         raise StreamError(f"no sampled record of {origin[1]} is left after the length policy")
     blocks = [min(BLOCK_ROWS, len(lengths) - start) for start in range(0, len(lengths), BLOCK_ROWS)]
     return TokenIndex(
-        shards=("sample",),
-        shard_blocks=(len(blocks),),
+        blocks=tuple(f"sample-{number}" for number in range(len(blocks))),
         block_rows=np.asarray(blocks, dtype=np.int64),
         block_bytes=np.zeros(len(blocks), dtype=np.int64),
         lengths=np.asarray(lengths, dtype=np.int32),

@@ -16,7 +16,7 @@ from training_ready.corpus.record import SPLITS, canonical_json
 from training_ready.corpus.spec import CorpusSpec
 from training_ready.storage.objects import ObjectNotFound, ObjectStore, StorageError
 
-PIPELINE_VERSION = f"{__version__}+corpus.1"
+PIPELINE_VERSION = f"{__version__}+corpus.2"
 """Counts up when the same input would give other records: then no earlier corpus counts as the same."""
 
 

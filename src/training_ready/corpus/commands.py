@@ -98,9 +98,10 @@ def _print_build(build: Build, console: Console) -> None:
     console.print(table)
     for line in _remarks(build):
         console.print(escape(line), highlight=False, soft_wrap=True)
+    shards = len(manifest.shards)
     state = "already built, nothing written" if build.reused else "built"
     console.print(
-        f"{manifest.records:,} records in {len(manifest.shards)} shards, {state}: {escape(manifest.uri)}",
+        f"{manifest.records:,} records in {shards} shard{'s' * (shards != 1)}, {state}: {escape(manifest.uri)}",
         highlight=False,
         soft_wrap=True,
     )

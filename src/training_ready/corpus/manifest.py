@@ -37,15 +37,25 @@ class StoredObject(Closed):
     records: int = Field(ge=0)
 
 
+class RowGroup(Closed):
+    """The bytes [offset, offset + bytes) of a shard: rows that can be read, and proven, without the rest of it."""
+
+    records: int = Field(ge=1)
+    offset: int = Field(ge=0)
+    bytes: int = Field(ge=1)
+    sha256: ObjectDigest
+
+
 class Shard(StoredObject):
-    """One Parquet object. ``row_groups`` holds the number of records of each row group, in order."""
+    """One Parquet object: its row groups in order, then the footer, whose SHA-256 is that of all bytes after them."""
 
     split: Split
-    row_groups: list[int]
+    row_groups: list[RowGroup]
+    footer_sha256: ObjectDigest
 
     @model_validator(mode="after")
     def _row_groups_add_up(self) -> Shard:
-        _require_sum(f"{self.key}: row groups", self.row_groups, self.records)
+        _require_sum(f"{self.key}: row groups", [group.records for group in self.row_groups], self.records)
         return self
 
 
@@ -103,7 +113,7 @@ class Manifest(Closed):
     ``spec_sha256``, ``inputs`` and ``pipeline_version`` decide the records: if all are equal, a build is reused.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: NonBlank
     generated_at: AwareDatetime
     pipeline_version: NonBlank

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training_ready.corpus.manifest import Shard
+from training_ready.corpus.manifest import RowGroup, Shard
 from training_ready.corpus.record import Record, Split
 from training_ready.storage.objects import ObjectStore, StorageError
 
@@ -68,13 +68,13 @@ class ShardWriter:
         self._prefix, self._split, self._suffix = prefix, split, suffix
         self._row_group_records, self._shard_records = row_group_records, shard_records
         self._rows: list[dict[str, Any]] = []
-        self._row_groups: list[int] = []
+        self._written = 0  # records of the open shard
         self._writer: pq.ParquetWriter | None = None
         self._shards: list[Shard] = []
 
     def add(self, record: Record) -> None:
         self._rows.append(shard_row(record))
-        written = sum(self._row_groups) + len(self._rows)
+        written = self._written + len(self._rows)
         if len(self._rows) == self._row_group_records or written == self._shard_records:
             self._write_row_group()
         if written == self._shard_records:
@@ -96,7 +96,7 @@ class ShardWriter:
         self._writer.write_table(
             pa.Table.from_pylist(self._rows, SHARD_SCHEMA), row_group_size=len(self._rows)
         )
-        self._row_groups.append(len(self._rows))
+        self._written += len(self._rows)
         self._rows = []
 
     def _finish_shard(self) -> None:
@@ -104,19 +104,44 @@ class ShardWriter:
             return
         self._writer.close()
         key = f"{self._prefix}{self._split}/shard-{len(self._shards):05}{self._suffix}.parquet"
-        size, digest = put_verified(self._store, key, self._path)
-        self._shards.append(
-            Shard(
-                key=key,
-                bytes=size,
-                sha256=digest,
-                records=sum(self._row_groups),
-                split=self._split,
-                row_groups=self._row_groups,
-            )
-        )
+        put_verified(self._store, key, self._path)
+        self._shards.append(describe_shard(self._path, key, self._split))
         self._path.unlink()
-        self._writer, self._row_groups = None, []
+        self._writer, self._written = None, 0
+
+
+def describe_shard(path: Path, key: str, split: Split) -> Shard:
+    """What a manifest says of a shard, from its file."""
+    metadata, groups, footer = pq.read_metadata(path), [], 0
+    with path.open("rb") as file:
+        for number in range(metadata.num_row_groups):
+            begin, footer = row_group_span(metadata, number)
+            file.seek(begin)
+            digest = hashlib.sha256(file.read(footer - begin)).hexdigest()
+            records = metadata.row_group(number).num_rows
+            groups.append(RowGroup(records=records, offset=begin, bytes=footer - begin, sha256=digest))
+        file.seek(footer)
+        end = hashlib.sha256(file.read()).hexdigest()
+        file.seek(0)
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(
+        key=key,
+        bytes=path.stat().st_size,
+        sha256=whole,
+        records=metadata.num_rows,
+        split=split,
+        row_groups=groups,
+        footer_sha256=end,
+    )
+
+
+def row_group_span(metadata: pq.FileMetaData, number: int) -> tuple[int, int]:
+    """Where the columns of a row group lie in the file: [begin, end)."""
+    group = metadata.row_group(number)
+    columns = [group.column(n) for n in range(group.num_columns)]
+    first, last = columns[0], columns[-1]
+    begin = first.dictionary_page_offset or first.data_page_offset
+    return begin, (last.dictionary_page_offset or last.data_page_offset) + last.total_compressed_size
 
 
 def put_verified(store: ObjectStore, key: str, path: Path) -> tuple[int, str]:

@@ -135,7 +135,7 @@ class CorpusSpec(_Section):
     splits: dict[Split, Annotated[float, Field(ge=0, le=1)]] = {"train": 0.9, "val": 0.05, "test": 0.05}
     holdout_families: list[str] = list(HOLDOUT_FAMILIES)
     allowed_licenses: Annotated[list[NonBlank], Field(min_length=1)]
-    row_group_records: Annotated[int, Field(ge=1, le=100_000)] = 2000
+    row_group_records: Annotated[int, Field(ge=1, le=100_000)] = 1000
     shard_records: Annotated[int, Field(ge=1)] = 50_000
     sources: Annotated[list[Source], Field(min_length=1)]
 

@@ -108,6 +108,11 @@ class StreamSection(Section):
         description="Stretches of an epoch that are read side by side; ranks share them out. It must divide the "
         "global batch; null: the largest divisor up to 16.",
     )
+    early_start: bool = Field(
+        True,
+        description="With max_steps and no mixture: begin when the first rows are tokenised. The first pass then reads "
+        "the blocks in rounds of 1, 1, 2, 4, …; false mixes the whole corpus from its first step on.",
+    )
     tokenise_workers: int | None = Field(
         None,
         ge=1,
@@ -126,6 +131,7 @@ class StreamSection(Section):
             "seed",
             "blocks_per_group",
             "lanes",
+            "early_start",
         ]
     ] = Field(
         [],
@@ -236,7 +242,7 @@ class MoeSection(Section):
     shared_base: SharedBaseSection | None = Field(
         None,
         description="Make a dense model a mixture of experts that share its weights; released as a plain Mixtral or "
-        "Qwen3-MoE. null: the model as it is.",
+        "Qwen3-MoE. With `use_peft` the attention learns beside them. null: the model as it is.",
     )
     experts_4bit: Literal["nf4", "nf4_double"] | None = Field(
         None,

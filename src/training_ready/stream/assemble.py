@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from training_ready.storage.objects import ObjectNotFound, ObjectStore
+from training_ready.storage.objects import ObjectNotFound
 from training_ready.stream.blocks import BlockReader
 from training_ready.stream.groups import PackReader
-from training_ready.stream.index import TokenIndex, wanted_cells
+from training_ready.stream.index import wanted_cells
 from training_ready.stream.lanes import Chapter
-from training_ready.stream.line import PackLine
+from training_ready.stream.line import NoRowsError, PackLine
 from training_ready.stream.mixture import pack_shares, quotas, shares
 from training_ready.stream.plan import PackPlan
 from training_ready.stream.shards import StreamError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenSet:
-    """A split of a corpus as tokens in a bucket. ``prefix``: of its token shards."""
-
-    name: str
-    store: ObjectStore
-    prefix: str
-    index: TokenIndex
+from training_ready.stream.token_set import TokenSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +67,7 @@ def pack_reader(parts: Mapping[str, Part], order: Order, *, remember: bool = Tru
     Raises:
         StreamError: a part is empty, two parts share rows, or the weights make no mixture.
     """
+    _refuse_early(parts, order)
     _refuse_overlap(parts)
     lines = {name: _line(name, part, order, remember) for name, part in parts.items()}
     plan = PackPlan(
@@ -92,8 +84,32 @@ def pack_reader(parts: Mapping[str, Part], order: Order, *, remember: bool = Tru
     )
     readers: dict[int, BlockReader] = {}
     for part in parts.values():
-        readers.setdefault(id(part.tokens), BlockReader(part.tokens.store, part.tokens.index))
+        readers.setdefault(id(part.tokens), BlockReader(part.tokens.store, part.tokens))
     return PackReader(plan, [readers[id(part.tokens)] for part in parts.values()])
+
+
+class Limited(Protocol):
+    """What may be used up after some passes."""
+
+    @property
+    def max_epochs(self) -> float | None: ...
+
+
+def needs_no_counts(parts: Collection[Limited], *, epochs: float | None) -> bool:
+    """Whether an order of these parts can begin before all packs are counted.
+
+    Epochs, limits of passes and the shares of a mixture are numbers of packs.
+    """
+    return len(parts) == 1 and epochs is None and all(part.max_epochs is None for part in parts)
+
+
+def _refuse_early(parts: Mapping[str, Part], order: Order) -> None:
+    if any(part.tokens.begins_early for part in parts.values()) and not (
+        order.shuffle and needs_no_counts(parts.values(), epochs=order.epochs)
+    ):
+        raise StreamError(
+            "epochs, limits and mixtures need every pack counted: tokenise all of a split first"
+        )
 
 
 def _cells(part: Part) -> frozenset[int]:
@@ -106,7 +122,7 @@ def _refuse_overlap(parts: Mapping[str, Part]) -> None:
     named = list(parts.items())
     for at, (name, part) in enumerate(named):
         for other_name, other in named[:at]:
-            if other.tokens.index.fingerprint != part.tokens.index.fingerprint:
+            if other.tokens.fingerprint != part.tokens.fingerprint:
                 continue
             shared = _cells(part) & _cells(other)
             if shared:
@@ -126,33 +142,34 @@ def _line(name: str, part: Part, order: Order, remember: bool) -> PackLine:
     def key_of(fingerprint: str) -> str:
         return f"{tokens.prefix}/packs-{fingerprint[:40]}.json"
 
-    known: list[int] | None = None
-
     def counted(fingerprint: str) -> list[int] | None:
-        nonlocal known
         try:
-            known = json.loads(tokens.store.get_bytes(key_of(fingerprint)))
+            known: list[int] = json.loads(tokens.store.get_bytes(key_of(fingerprint)))
         except ObjectNotFound:
             return None
         return known
 
+    def keep(fingerprint: str, packs: Sequence[int]) -> None:
+        if remember:
+            tokens.store.put_bytes(key_of(fingerprint), json.dumps(packs).encode())
+
     try:
-        line = PackLine(
-            tokens.index,
+        return PackLine(
+            tokens,
             max_length=order.max_length,
             seed=order.seed,
-            cells=_cells(part),
+            sources=part.sources,
+            stages=part.stages,
+            components=part.components,
             packing=order.packing,
             blocks_per_group=order.blocks_per_group,
             shuffle=order.shuffle,
             counted=counted,
+            keep=keep,
         )
-    except StreamError as error:
+    except NoRowsError as error:
         found = sorted({(cell.source, cell.stage) for cell in tokens.index.cells})
         raise StreamError(f"{name}: {error}. {tokens.name} holds (source, stage): {found}") from error
-    if known is None and remember:
-        tokens.store.put_bytes(key_of(line.fingerprint), json.dumps(line.group_packs.tolist()).encode())
-    return line
 
 
 def _chapters(parts: Mapping[str, Part], lines: Mapping[str, PackLine], order: Order) -> list[Chapter]:

@@ -1,6 +1,6 @@
-"""Rows of tokens in the bucket, block by block: a block is one row group of a token shard, what one read fetches.
+"""Rows of tokens in the bucket, block by block: a block is one object, made of one row group of the corpus.
 
-A token shard is one Parquet object per corpus shard:
+A block is a Parquet object of some 1,000 rows, about 1 MB:
 
 ==========================  ============================================================================
 ``input_ids``               list<int32> (T,)
@@ -10,16 +10,21 @@ A token shard is one Parquet object per corpus shard:
 ``source``, ``stage``       where the row came from
 ``components``              its component annotations, sorted, joined by a comma
 ``domain``                  what it is about; empty where the corpus does not say
-schema metadata             counts of rows and tokens in, kept, truncated, split, dropped
+schema metadata             counts of rows and tokens in, kept, truncated, split, dropped; SHA-256 of all but tokens
 ==========================  ============================================================================
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
+import tempfile
 import threading
-from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,26 +33,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from training_ready.storage.objects import ObjectStore
-from training_ready.storage.reader import RangedReader
-from training_ready.stream.index import TokenIndex
+from training_ready.stream.index import Cell, TokenIndex
+from training_ready.stream.lengths import TokenCounts
 from training_ready.stream.render import RenderedConversation
 from training_ready.stream.shards import StreamError
 
-BLOCK_ROWS = 1000
-COUNTS_KEY = b"training_ready.counts"
-CELL_COLUMNS = ("source", "stage", "components", "domain")
-TOKEN_SCHEMA = pa.schema(
+BLOCK_ROWS = 1000  # of blocks that are made of anything else than a corpus
+_OURS = b"training_ready."
+_COUNTS_KEY, _INDEX_KEY = _OURS + b"counts", _OURS + b"index_sha256"
+_CELL_COLUMNS = ("source", "stage", "components", "domain")
+_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("learned", pa.list_(pa.int32())),
         ("length", pa.int32()),
         ("learned_tokens", pa.int32()),
-        *((name, pa.string()) for name in CELL_COLUMNS),
+        *((name, pa.string()) for name in _CELL_COLUMNS),
     ]
 )
-_READ = ("input_ids", "learned")
-_OPEN_SHARDS = 64
+_READ, _INDEXED = ("input_ids", "learned"), ("length", "learned_tokens", *_CELL_COLUMNS)
+_BETWEEN = "\x1f"  # the unit separator stands in no name
+# What Arrow says of pages without their checksum, and of footers, which have none.
+_DAMAGED = (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError)
 _MADE_AGAIN = "Start again; if that is no help, delete the corpus's tokens/ folder: they are made again."
+
+# A row of a block: its tokens, and the values of the cell columns.
+TokenRow = tuple[RenderedConversation, tuple[str, str, str, str]]
 
 
 class TokenBlock:
@@ -67,12 +78,18 @@ class TokenBlock:
         return RenderedConversation(input_ids=ids, learned=mask_of_runs(len(ids), runs), domain=domain)
 
 
-class BlockReader:
-    """Reads blocks of the token shards of one index. Safe for several threads; opens a shard at its first block."""
+class Indexed(Protocol):
+    """Whoever knows the blocks, perhaps more and more of them: a set of tokens."""
 
-    def __init__(self, store: ObjectStore, index: TokenIndex) -> None:
-        self.store, self._index = store, index
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+    @property
+    def index(self) -> TokenIndex: ...
+
+
+class BlockReader:
+    """Reads blocks of a set of tokens. Safe for several threads."""
+
+    def __init__(self, store: ObjectStore, tokens: Indexed) -> None:
+        self.store, self._tokens = store, tokens
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.blocks_read = 0
@@ -81,14 +98,14 @@ class BlockReader:
         """One block.
 
         Raises:
-            StreamError: the shard holds other rows than the index says.
+            StreamError: the object holds other rows than the index says.
         """
         return self.decode(block, self.fetch(block))
 
     def fetch(self, block: int) -> bytes:
-        """The stored bytes of one block, in one request for exactly them."""
-        shard, local = self._home(block)
-        data = shard.read(*_span(shard.footer.row_group(local)))
+        """The stored bytes of one block, in one request."""
+        with self.store.open(self._tokens.index.blocks[block], ahead=False) as source:
+            data = source.read_range(0, source.info.size)
         with self._lock:
             self.bytes_read += len(data)
             self.blocks_read += 1
@@ -96,100 +113,100 @@ class BlockReader:
 
     def decode(self, block: int, data: bytes) -> TokenBlock:
         """The rows in the stored bytes of one block. Raises StreamError as :meth:`read`."""
-        shard, local = self._home(block)
-        begin, _ = _span(shard.footer.row_group(local))
-        where = f"{shard.uri}: row group {local} (from byte {begin})"
+        index = self._tokens.index
+        where = f"{self.store.uri(index.blocks[block])}, bytes 0 to {len(data)},"
         try:
-            file = pq.ParquetFile(
-                _Stretch(begin, data), metadata=shard.footer, page_checksum_verification=True
-            )
-            table = file.read_row_group(local, columns=list(_READ), use_threads=False)
-        except (pa.ArrowException, OSError) as error:  # a page without its checksum, most likely
-            raise StreamError(f"{where} cannot be read: {error}. {_MADE_AGAIN}") from error
-        expected = self._index.lengths[slice(*self._index.block_starts[block : block + 2])]
-        if not np.array_equal(pc.list_value_length(table[_READ[0]]).to_numpy(), expected):
+            file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+            table = file.read(columns=list(_READ), use_threads=False)
+            lengths = pc.list_value_length(table[_READ[0]]).to_numpy()
+            found = TokenBlock(table)
+        except _DAMAGED as error:
+            raise StreamError(f"{where} cannot be read: {error!r}. {_MADE_AGAIN}") from error
+        if not np.array_equal(lengths, index.lengths[slice(*index.block_starts[block : block + 2])]):
             raise StreamError(f"{where} holds other rows than the index says. {_MADE_AGAIN}")
-        return TokenBlock(table)
-
-    def _home(self, block: int) -> tuple[_Shard, int]:
-        """The open shard that holds a block, and the block's number in it."""
-        number, local = self._index.home_of(block)
-        return self._shard(number), local
-
-    def _shard(self, number: int) -> _Shard:
-        with self._lock:
-            shard = self._open.pop(number, None) or _Shard(self.store, self._index.shards[number])
-            self._open[number] = shard
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        with shard.lock:  # one thread opens it, outside of the lock that all shards share
-            shard.open()
-        return shard
+        return found
 
 
-class _Shard:
-    """One token shard: its footer, read at first use, and its bytes."""
+def write_block(
+    store: ObjectStore, key: str, rows: Sequence[TokenRow], counts: TokenCounts, more: Mapping[str, str]
+) -> TokenIndex:
+    """Writes rows as the block ``key``; its index.
 
-    def __init__(self, store: ObjectStore, key: str) -> None:
-        self._store, self._key = store, key
-        self.uri = store.uri(key)
-        self.lock = threading.Lock()
-        self._source: RangedReader | None = None
-
-    def open(self) -> None:
-        if self._source is not None:
-            return
-        source = self._store.open(self._key, ahead=False)
-        try:
-            self.footer = pq.ParquetFile(source).metadata
-        except (pa.ArrowException, OSError) as error:
-            raise StreamError(
-                f"{source.name}: the footer, up to byte {source.info.size}, cannot be read: {error}. "
-                + _MADE_AGAIN
-            ) from error
-        self._source = source
-
-    def read(self, begin: int, size: int) -> bytes:
-        assert self._source is not None  # noqa: S101
-        return self._source.read_range(begin, begin + size)
+    Args:
+        counts: of the rows through the length policy.
+        more: entries for the footer.
+    """
+    facts = {_COUNTS_KEY: json.dumps(dataclasses.asdict(counts)).encode()}
+    facts |= {name.encode(): text.encode() for name, text in more.items()}
+    table = _table(rows)
+    table = table.replace_schema_metadata({**facts, _INDEX_KEY: _index_sha256(table, facts)})
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as out:
+        pq.write_table(
+            table, out.name, compression="zstd", write_page_checksum=True, row_group_size=len(rows) or 1
+        )
+        index = index_of_block(out.file, key, store.uri(key))
+        store.keep_on_disk(store.put_file(key, Path(out.name)), Path(out.name))
+    return index
 
 
-class _Stretch(io.RawIOBase):
-    """A file of which only the bytes from ``begin`` on are here; reading others is an error."""
+def index_of_block(source: IO[bytes], key: str, where: str) -> TokenIndex:
+    """The index of one block.
 
-    def __init__(self, begin: int, data: bytes) -> None:
-        super().__init__()
-        self._begin, self._data, self._at = begin, memoryview(data), 0
+    Raises:
+        StreamError: it cannot be read.
+    """
+    try:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        table = file.read(columns=list(_INDEXED), use_threads=False)
+        facts = file.metadata.metadata
+        if _index_sha256(table, facts) != facts[_INDEX_KEY]:
+            raise ValueError("other rows than were written")
+        names = pc.binary_join_element_wise(*(table[column] for column in _CELL_COLUMNS), _BETWEEN)
+        coded = names.combine_chunks().dictionary_encode()
+        found = [name.split(_BETWEEN) for name in coded.dictionary.to_pylist()]
+        return TokenIndex(
+            blocks=(key,),
+            block_rows=np.asarray([table.num_rows], dtype=np.int64),
+            block_bytes=np.asarray([source.seek(0, io.SEEK_END)], dtype=np.int64),
+            lengths=table["length"].to_numpy(),
+            learned=table["learned_tokens"].to_numpy(),
+            cell_of_row=coded.indices.to_numpy().astype(np.int32),
+            cells=tuple(
+                Cell(source, stage, tuple(filter(None, parts.split(","))), domain)
+                for source, stage, parts, domain in found
+            ),
+            counts=TokenCounts(**json.loads(facts[_COUNTS_KEY])),
+        )
+    except _DAMAGED as error:
+        raise StreamError(
+            f"{where}: cannot be read up to byte {source.tell()}: {error!r}. Delete it; it is made again."
+        ) from error
 
-    def readable(self) -> bool:
-        return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = self._begin + len(self._data)
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        start = self._at - self._begin
-        view = memoryview(buffer).cast("B")
-        if not 0 <= start <= start + len(view) <= len(self._data):
-            raise OSError(f"bytes {self._at} to {self._at + len(view)} are outside of the block")
-        view[:] = self._data[start : start + len(view)]
-        self._at += len(view)
-        return len(view)
+def _index_sha256(table: pa.Table, facts: Mapping[bytes, bytes]) -> bytes:
+    """Over all that is read of a block but its tokens: a Parquet footer has no checksum of its own."""
+    ours = {name for name in facts if name.startswith(_OURS) and name != _INDEX_KEY}
+    text = [[facts[name].decode() for name in sorted(ours)], [table[name].to_pylist() for name in _INDEXED]]
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest().encode()
 
 
-def _span(group: Any) -> tuple[int, int]:
-    """Where the columns that are read lie in the file, (first byte, bytes): they stand first and side by side."""
-    columns = [group.column(number) for number in range(len(_READ))]
-    first = columns[0].dictionary_page_offset or columns[0].data_page_offset
-    return first, sum(column.total_compressed_size for column in columns)
+def _table(rows: Sequence[TokenRow]) -> pa.Table:
+    """The rows as Arrow, straight from their arrays."""
+    runs = [runs_of_mask(row.learned) for row, _ in rows]
+    columns: list[Any] = [
+        _lists([row.input_ids for row, _ in rows]),
+        _lists(runs),
+        pa.array([len(row.input_ids) for row, _ in rows], pa.int32()),
+        pa.array([int((run[1::2] - run[::2]).sum()) for run in runs], pa.int32()),
+        *(pa.array([cell[number] for _, cell in rows], pa.string()) for number in range(len(_CELL_COLUMNS))),
+    ]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+
+def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> pa.ListArray:
+    starts = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
+    values = np.concatenate([np.zeros(0, np.int32), *arrays])
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(values))
 
 
 def runs_of_mask(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

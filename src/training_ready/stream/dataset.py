@@ -84,9 +84,7 @@ class PackIterable(_BaseExamplesIterable):
         start, taken = self._resumed()
         mine = self._global_batch // self._world_size
         last = self._plan.last_position()
-        packs = self._reader.read(
-            (position, self._plan.address(position)) for position in self._positions(start, taken, last)
-        )
+        packs = self._reader.read(self._positions(start, taken, last))
         while True:
             began = time.monotonic()
             found = next(packs, None)

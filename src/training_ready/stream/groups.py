@@ -22,7 +22,6 @@ _THREADS = 8
 # (part, number): the same blocks in every epoch
 _Group = tuple[int, int]
 _Blocks = dict[int, Future[TokenBlock]]
-Addressed = tuple[int, PackAddress | None]
 
 
 class _Threads(NamedTuple):
@@ -58,8 +57,8 @@ class PackReader:
         stores = {id(reader.store): reader.store for reader in self._readers}.values()
         return sum((Counter(asdict(store.traffic.cost())) for store in stores), Counter())
 
-    def read(self, addresses: Iterable[Addressed]) -> Iterator[tuple[int, list[RenderedConversation]]]:
-        """(position, rows) of each (position, address); no rows at an empty position."""
+    def read(self, positions: Iterable[int]) -> Iterator[tuple[int, list[RenderedConversation]]]:
+        """(position, rows) of each position; no rows at an empty one. Waits for tokens that are still being made."""
         with (
             ThreadPoolExecutor(_THREADS, thread_name_prefix="stream") as threads,
             # One thread decodes: Arrow's allocator keeps memory for every thread that ever used it.
@@ -70,7 +69,7 @@ class PackReader:
             standing: dict[tuple[int, int], _Group] = {}  # (part, lane)
             try:
                 for position, address, let_go in self._in_sight(
-                    addresses, needed, standing, held, _Threads(threads, decoder)
+                    positions, needed, standing, held, _Threads(threads, decoder)
                 ):
                     yield position, self._rows(address, held) if address else []
                     if address:
@@ -84,23 +83,30 @@ class PackReader:
 
     def _in_sight(
         self,
-        addresses: Iterable[Addressed],
+        positions: Iterable[int],
         needed: Counter[_Group],
         standing: dict[tuple[int, int], _Group],
         held: dict[_Group, _Blocks],
         threads: _Threads,
     ) -> Iterator[tuple[int, PackAddress | None, list[_Group]]]:
-        """The addresses, each when the next ``_AHEAD`` are being fetched, with the groups that lanes have left."""
-        window: deque[Addressed] = deque()
-        coming = iter(addresses)
+        """Positions and addresses, each when the next ``_AHEAD`` are being fetched, and groups that lanes have left.
+
+        Looking ahead waits for no tokens: whoever asks for a pack gets it before later ones are tokenised.
+        """
+        window: deque[tuple[int, PackAddress | None]] = deque()
+        coming = iter(positions)
+        position = next(coming, None)
         while True:
             left: list[_Group] = []
-            while len(window) < _AHEAD and (one := next(coming, None)) is not None:
-                window.append(one)
-                position, address = one
+            while (
+                position is not None and len(window) < _AHEAD and (not window or self.plan.is_known(position))
+            ):
+                address = self.plan.address(position)
+                window.append((position, address))
+                here, position = position, next(coming, None)
                 if address is None:
                     continue
-                group, lane = (address.part, address.group), (address.part, position % self.plan.lanes)
+                group, lane = (address.part, address.group), (address.part, here % self.plan.lanes)
                 needed[group] += 1
                 if standing.get(lane) != group:
                     if lane in standing:

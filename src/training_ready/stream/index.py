@@ -1,13 +1,12 @@
 """Which rows are there? Lengths and origins of all rows of a split, without their tokens: 12 bytes a row in memory.
 
-One object beside the token shards, so that a run knows its whole order after a single read, however many shards
-there are::
+One object beside the tokens, so that a run knows its whole order after a single read, however many blocks there are::
 
-    row      0    1    2    3    4    5  ...        over all shards, in order
+    row      0    1    2    3    4    5  ...        over all blocks, in order
     length  212  840   97  433  512   60            int32
     learned  90  301   40  120  256   21            int32
     cell      0    0    1    0    2    1            int32, number of a (source, stage, components, domain)
-    block    |------ 0 ------|------ 1 ...          one row group of a token shard
+    block    |------ 0 ------|------ 1 ...          one row group of the corpus, one object of tokens
 """
 
 from __future__ import annotations
@@ -41,11 +40,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIndex:
-    """All rows of the token shards of one split."""
+    """The rows of some blocks of tokens, one block after the other."""
 
-    shards: tuple[str, ...]  # keys
-    shard_blocks: tuple[int, ...]  # blocks per shard
-    block_rows: npt.NDArray[np.int64]
+    blocks: tuple[str, ...]  # keys
+    block_rows: npt.NDArray[np.int64]  # a block may be empty: the length policy dropped its rows
     block_bytes: npt.NDArray[np.int64]  # as stored
     lengths: npt.NDArray[np.int32]
     learned: npt.NDArray[np.int32]
@@ -55,26 +53,25 @@ class TokenIndex:
 
     def __post_init__(self) -> None:
         starts = np.concatenate([[0], np.cumsum(self.block_rows)])
-        shard_starts = np.concatenate([[0], np.cumsum(self.shard_blocks)])
         object.__setattr__(self, "block_starts", starts)
-        object.__setattr__(self, "_shard_starts", shard_starts)
-        if starts[-1] != len(self.lengths) or shard_starts[-1] != len(self.block_rows):
-            raise ValueError(f"the blocks hold {starts[-1]} rows, the index has {len(self.lengths)}")
+        if starts[-1] != len(self.lengths) or len(self.blocks) != len(self.block_rows):
+            raise ValueError(
+                f"{len(self.blocks)} blocks of {starts[-1]} rows, the index has {len(self.block_rows)} of "
+                f"{len(self.lengths)}"
+            )
 
     block_starts: npt.NDArray[np.int64] = dataclasses.field(init=False, repr=False)
-    _shard_starts: npt.NDArray[np.int64] = dataclasses.field(init=False, repr=False)
 
     @classmethod
     def joined(cls, parts: Sequence[TokenIndex]) -> TokenIndex:
-        """The rows of several indexes, one after the other."""
+        """The rows of several indexes, one after the other; the first one's cells keep their numbers."""
         counts, cells, cell_of_row = TokenCounts(), dict[Cell, int](), []
         for part in parts:
             counts.add(part.counts)
             numbers = [cells.setdefault(cell, len(cells)) for cell in part.cells]
             cell_of_row.append(np.asarray(numbers, dtype=np.int32)[part.cell_of_row])
         return cls(
-            shards=tuple(shard for part in parts for shard in part.shards),
-            shard_blocks=tuple(blocks for part in parts for blocks in part.shard_blocks),
+            blocks=tuple(block for part in parts for block in part.blocks),
             block_rows=np.concatenate([part.block_rows for part in parts]),
             block_bytes=np.concatenate([part.block_bytes for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
@@ -84,25 +81,34 @@ class TokenIndex:
             counts=counts,
         )
 
+    def in_order(self, blocks: npt.NDArray[np.int64]) -> TokenIndex:
+        """The same blocks in another order."""
+        rows = np.concatenate(
+            [np.arange(self.block_starts[block], self.block_starts[block + 1]) for block in blocks.tolist()]
+        )
+        return dataclasses.replace(
+            self,
+            blocks=tuple(self.blocks[block] for block in blocks.tolist()),
+            block_rows=self.block_rows[blocks],
+            block_bytes=self.block_bytes[blocks],
+            lengths=self.lengths[rows],
+            learned=self.learned[rows],
+            cell_of_row=self.cell_of_row[rows],
+        )
+
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' keys, which name all that their rows depend on."""
-        return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
-
-    def home_of(self, block: int) -> tuple[int, int]:
-        """(shard, row group inside it) of a block."""
-        shard = int(np.searchsorted(self._shard_starts, block, side="right")) - 1
-        return shard, block - int(self._shard_starts[shard])
+        """sha256 over the blocks' keys, which name all that their rows depend on."""
+        return fingerprint_of(self.blocks)
 
     def to_bytes(self) -> bytes:
         """As one Parquet file."""
         header = {
-            "shards": self.shards,
-            "shard_blocks": self.shard_blocks,
+            "blocks": self.blocks,
             "block_rows": self.block_rows.tolist(),
             "block_bytes": self.block_bytes.tolist(),
             "cells": self.cells,
@@ -119,8 +125,7 @@ class TokenIndex:
         table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
         header = json.loads(table.schema.metadata[_HEADER])
         return cls(
-            shards=tuple(header["shards"]),
-            shard_blocks=tuple(header["shard_blocks"]),
+            blocks=tuple(header["blocks"]),
             block_rows=np.asarray(header["block_rows"], dtype=np.int64),
             block_bytes=np.asarray(header["block_bytes"], dtype=np.int64),
             lengths=table["length"].to_numpy(),
@@ -131,6 +136,11 @@ class TokenIndex:
             ),
             counts=TokenCounts(**header["counts"]),
         )
+
+
+def fingerprint_of(blocks: Sequence[str]) -> str:
+    """sha256 over keys of blocks."""
+    return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
 
 
 def wanted_cells(

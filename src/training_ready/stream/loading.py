@@ -18,14 +18,15 @@ from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
 from training_ready.storage.shared_cache import cache_from_environment
-from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.assemble import Order, Part, needs_no_counts, pack_reader
 from training_ready.stream.dataset import pack_stream
 from training_ready.stream.lengths import LengthPolicy
 from training_ready.stream.plan import lanes_for
 from training_ready.stream.raw_tokens import RawTokenCache
 from training_ready.stream.render import ChatRenderer
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokens import TokenCache
+from training_ready.stream.token_set import TokenSet
+from training_ready.stream.tokens import Share, TokenCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,9 @@ def load(
 ) -> IterableDataset:
     """The packs of a built corpus, of raw objects, or of a mixture; tokenised now if nobody has done so before.
 
+    Where no pack needs to be counted (one part, no ``epochs``, no ``max_epochs``) a built corpus yields its first packs
+    when its first 1,000 conversations are tokenised, and tokenises on as they are asked for.
+
     Items hold ``input_ids``, ``labels`` (−100 where nothing is learned) and ``seq_lengths``; ``.map``, ``.take``,
     ``state_dict`` and ``load_state_dict`` work as in any iterable dataset, ``.shuffle`` and ``.shard`` are refused:
     the order is shuffled by ``seed``, ranks are told apart by ``rank`` and ``world_size``.
@@ -127,9 +131,8 @@ def load(
         settings=settings or StorageSettings.from_environment(),
         renderer=ChatRenderer(tokenizer, target_role),
         policy=LengthPolicy(max_length=max_length, overlong=overlong),
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
+        share=Share(rank=rank, world_size=world_size, workers=workers),
+        early=seed if needs_no_counts(data.values(), epochs=epochs) else None,
     )
     parts = {name: tokens.part(name, one) for name, one in data.items()}
     order = Order(
@@ -150,9 +153,8 @@ class _Tokens:
     settings: StorageSettings
     renderer: ChatRenderer
     policy: LengthPolicy
-    rank: int
-    world_size: int
-    workers: int
+    share: Share
+    early: int | None  # the seed of an order that begins before all is tokenised
     known: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
 
     def part(self, name: str, one: CorpusPart | RawPart) -> Part:
@@ -180,8 +182,11 @@ class _Tokens:
             )
         prefix = place.key.rpartition("/")[0]
         cache = TokenCache(store=store, corpus_prefix=prefix, renderer=self.renderer, policy=self.policy)
-        index = cache.ensure(shards, rank=self.rank, world_size=self.world_size, workers=self.workers)
-        return TokenSet(name=f"{corpus.name} {split}", store=store, prefix=f"{prefix}/tokens", index=index)
+        name = f"{corpus.name} {split}"
+        if self.early is not None:
+            return cache.begin(name, shards, self.early, self.share)
+        index = cache.ensure(shards, self.share)
+        return TokenSet(name=name, store=store, prefix=cache.prefix, index=index)
 
     def _of_raw(self, name: str, one: RawPart) -> TokenSet:
         place = locate(self.settings, _RAW_TOKENS)
@@ -198,7 +203,7 @@ class _Tokens:
         cache = RawTokenCache(
             store=store, prefix=place.key, renderer=self.renderer, policy=self.policy, source=source
         )
-        index = cache.ensure(rank=self.rank, world_size=self.world_size)
+        index = cache.ensure(rank=self.share.rank, world_size=self.share.world_size)
         return TokenSet(name=name, store=store, prefix=place.key, index=index)
 
     def _store(self, bucket: str) -> ObjectStore:

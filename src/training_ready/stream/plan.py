@@ -7,7 +7,9 @@ the epoch is cut into as many equal stretches as there are lanes, and the draws 
     stretches, 4 lanes|  lane 0  |  lane 1   |  lane 2  |  lane 3          |   (lanes change places by epoch)
     draw of lane 1 ───────────────► next pack of its stretch
 
-A position's pack depends on the token shards, mixture, seed, pack length, grouping and number of lanes; never on
+An epoch that begins before all its packs are counted is cut into rounds first, and each round into stretches.
+
+A position's pack depends on the tokens, mixture, seed, pack length, grouping and number of lanes; never on
 ranks, workers or where a run was stopped. Every rank takes equally many packs of every global batch.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from training_ready.stream.lanes import Chapter, Lane
-from training_ready.stream.line import CellCounts, PackLine
+from training_ready.stream.line import CellCounts, PackLine, Span
 from training_ready.stream.order import Indices
 from training_ready.stream.shards import StreamError
 
@@ -42,10 +44,13 @@ class PackAddress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartCounts:
-    """What a stretch of the stream holds of one part. ``cells``: rows, tokens, learned tokens per cell."""
+    """What a stretch of the stream holds of one part. ``cells``: rows, tokens, learned tokens per cell.
+
+    ``epochs`` is None while the packs of an epoch are not counted.
+    """
 
     packs: int
-    epochs: float
+    epochs: float | None
     cells: CellCounts
 
     @property
@@ -97,17 +102,26 @@ class PackPlan:
         """Packs of one epoch of every part."""
         return sum(line.packs_per_epoch for line in self.lines)
 
+    def wait_for_all(self) -> None:
+        """Until all tokens of every part are there."""
+        for line in self.lines:
+            line.wait_for_all()
+
+    def is_known(self, position: int) -> bool:
+        """Whether :meth:`address` answers without waiting for tokens."""
+        drawn = self._drawn(position)
+        return drawn is None or self.lines[drawn[0]].is_known(drawn[1])
+
     def address(self, position: int) -> PackAddress | None:
         """Where the pack of a position stands; None for an empty position after the last pack."""
-        index, lane = divmod(position, self.lanes)
-        drawn = None if self.total is not None and position >= self.total else self._lanes[lane].at(index)
+        drawn = self._drawn(position)
         if drawn is None:
             return None
         part, draw = drawn
         line = self.lines[part]
-        epoch, at = divmod(draw, line.packs_per_epoch)
-        group, pack = line.locate(epoch, self._offset(line, at))
-        return PackAddress(part, epoch, group, pack)
+        span = line.span_at(draw)
+        group, pack = line.locate(span.epoch, self._offset(span, draw))
+        return PackAddress(part, span.epoch, group, pack)
 
     def rows(self, address: PackAddress) -> Indices:
         """The rows of a pack, as numbers in its line's index."""
@@ -162,30 +176,45 @@ class PackPlan:
             for part, (name, line) in enumerate(self.parts.items())
         }
 
+    def _drawn(self, position: int) -> tuple[int, int] | None:
+        """(part, draw of it) of a position; None after the last pack."""
+        index, lane = divmod(position, self.lanes)
+        return None if self.total is not None and position >= self.total else self._lanes[lane].at(index)
+
     def _count_part(self, line: PackLine, draws: Sequence[int]) -> PartCounts:
-        packs, per_epoch = sum(draws), line.packs_per_epoch
-        whole = min(draws) * self.lanes // per_epoch
-        cells = whole * line.epoch_counts
-        for lane, of_lane in enumerate(draws):
-            epoch, first = whole, self._first_draw(whole * per_epoch, lane)
-            while first < of_lane:
-                # The draws of this lane that fall into this epoch are one stretch of it.
-                stop = min(of_lane, self._first_draw((epoch + 1) * per_epoch, lane))
-                if stop > first:
-                    start = self._offset(line, first * self.lanes + lane - epoch * per_epoch)
-                    cells = cells + line.count_between(epoch, start, start + stop - first)
-                epoch, first = epoch + 1, stop
-        return PartCounts(packs=packs, epochs=packs / per_epoch, cells=cells)
+        packs, passed, last = sum(draws), min(draws) * self.lanes, max(draws) * self.lanes
+        per_epoch = line.packs_per_epoch if line.complete else None
+        whole = passed // per_epoch if per_epoch else 0
+        if last:
+            line.span_at(last - 1)  # all that is counted is there, and its cells are known
+        cells: CellCounts = np.zeros((len(line.index.cells), 3), np.int64)
+        if whole:
+            cells += whole * line.epoch_counts
+        at = whole * (per_epoch or 0)
+        while at < last:
+            span = line.span_at(at)
+            if span.end <= passed:
+                cells += line.count_span(span)
+            else:
+                for lane, of_lane in enumerate(draws):
+                    # The draws of this lane that fall into this span are one stretch of it.
+                    first = self._first_draw(span.start, lane)
+                    stop = min(of_lane, self._first_draw(span.end, lane))
+                    if stop > first:
+                        start = self._offset(span, first * self.lanes + lane)
+                        cells += line.count_between(span.epoch, start, start + stop - first)
+            at = span.end
+        return PartCounts(packs=packs, epochs=packs / per_epoch if per_epoch else None, cells=cells)
 
     def _first_draw(self, draw: int, lane: int) -> int:
         """The first k with k × lanes + lane ≥ draw."""
         return max(0, -((lane - draw) // self.lanes))
 
-    def _offset(self, line: PackLine, at: int) -> int:
-        """The place in an epoch's line of its ``at``-th draw: lane ``at % lanes``, ``at // lanes`` into its stretch."""
-        length, longer = divmod(line.packs_per_epoch, self.lanes)
-        stretch, into = at % self.lanes, at // self.lanes
-        return stretch * length + min(stretch, longer) + into
+    def _offset(self, span: Span, draw: int) -> int:
+        """The place in its epoch's line of a draw of a span: each lane has a stretch of the span for itself."""
+        length, longer = divmod(span.packs, self.lanes)
+        into, stretch = divmod(draw - span.start, self.lanes)
+        return span.offset + stretch * length + min(stretch, longer) + into
 
 
 def lanes_for(global_batch: int) -> int:
@@ -220,7 +249,8 @@ def tokens_by_source(plan: PackPlan, counts: Mapping[str, PartCounts]) -> dict[s
     """(rows, tokens, learned tokens) of every source family."""
     found: dict[str, np.ndarray[Any, Any]] = {}
     for name, part in counts.items():
-        for cell, numbers in zip(plan.parts[name].index.cells, part.cells, strict=True):
+        # Not strict: there may be more cells by now.
+        for cell, numbers in zip(plan.parts[name].index.cells, part.cells, strict=False):
             if numbers[0]:
                 found[cell.source] = found.get(cell.source, np.zeros(3, np.int64)) + numbers
     return dict(sorted(found.items()))

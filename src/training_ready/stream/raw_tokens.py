@@ -1,10 +1,10 @@
 """Raw objects as tokens: conversations that nobody built a corpus of, in the same order and with the same exact resume.
 
-Each object is tokenised in segments, one token shard each, whose footer says where the next one begins: the byte of
+Each object is tokenised in segments, one block of tokens each, whose footer says where the next one begins: the byte of
 the text (or the row group), so that whoever is stopped goes on with the segment that is missing::
 
-    notes.jsonl   | 20,000 conversations | 20,000 | 7,113 |      footer: {"next": position | null, "bad": [...]}
-                    segment 0              1        2
+    notes.jsonl   | 1,000 conversations | 1,000 | 613 |      footer: {"next": position | null, "bad": [...]}
+                    segment 0             1       2
 
 What a built corpus has and this has not: docs/stream.md.
 """
@@ -25,17 +25,17 @@ import pyarrow.parquet as pq
 from training_ready.corpus.raw import BadRow, RawPosition, RawSource, iter_raw
 from training_ready.corpus.readers import SourceError
 from training_ready.storage.objects import ObjectNotFound, ObjectStore
+from training_ready.stream.blocks import BLOCK_ROWS, TokenRow, index_of_block, write_block
 from training_ready.stream.index import TokenIndex
 from training_ready.stream.lengths import LengthPolicy, TokenCounts
 from training_ready.stream.render import ChatRenderer, RenderError
 from training_ready.stream.shards import StreamError
-from training_ready.stream.tokenise import TokenRow, index_of_shard, write_token_shard
 from training_ready.stream.tokens import name_of, wait_for
 
 logger = logging.getLogger(__name__)
 
 RAW_STAGE = "raw"  # the stage of every row: nobody has sorted them
-SEGMENT_ROWS = 20_000
+SEGMENT_ROWS = BLOCK_ROWS
 _RAW_KEY = "training_ready.raw"
 _AT_ONCE = 64  # conversations rendered together
 
@@ -66,6 +66,14 @@ class _End:
             raise SourceError(
                 f"{row} ({allowed} bad rows left to allow). Correct or remove it, or raise bad_rows"
             )
+
+
+class _Reader:
+    """The conversations of one object from a position on; bad rows are set aside in the ``end`` of the open segment."""
+
+    def __init__(self, source: RawSource, start: RawPosition) -> None:
+        self.uri, self.end, self.allowed = source.objects[0].uri, _End(start), source.bad_rows
+        self.rows = iter_raw(source, start, set_aside=lambda row: self.end.set_aside(row, self.allowed))
 
 
 class RawTokenCache:
@@ -130,16 +138,19 @@ class RawTokenCache:
         segments: list[tuple[TokenIndex, _End]] = []
         start: RawPosition | None = RawPosition(source=source.fingerprint)
         allowed = source.bad_rows
+        reader: _Reader | None = None  # goes on from segment to segment: compressed text is not read again
         while start is not None:
             key = f"{self._prefix}/{name_of([source.fingerprint, *self._identity, len(segments)])}.parquet"
             if deadline is not None:
                 wait_for(self.store, key, deadline, f"tokens of {source.objects[0].uri}")
             try:
-                index, end = self._read(key)
+                (index, end), reader = self._read(key), None
             except ObjectNotFound:
                 end, counts = _End(start), TokenCounts()
-                rows = self._rows(source, end, allowed, counts)
-                index = write_token_shard(self.store, key, rows, counts, end.as_footer)
+                reader = reader or _Reader(source, start)
+                reader.end, reader.allowed = end, allowed
+                rows = list(self._rows(reader, counts))
+                index = write_block(self.store, key, rows, counts, end.as_footer())
             segments.append((index, end))
             start, allowed = end.next, allowed - len(end.bad)
             if advance:
@@ -148,15 +159,14 @@ class RawTokenCache:
 
     def _read(self, key: str) -> tuple[TokenIndex, _End]:
         with io.BufferedReader(self.store.open(key, ahead=False), buffer_size=1 << 20) as reader:
-            index = index_of_shard(reader, key, self.store.uri(key))
+            index = index_of_block(reader, key, self.store.uri(key))
             reader.seek(0)
             return index, _End.from_footer(pq.ParquetFile(reader).metadata.metadata[_RAW_KEY.encode()])
 
-    def _rows(self, source: RawSource, end: _End, allowed: int, counts: TokenCounts) -> Iterator[TokenRow]:
-        """The rows of one segment, from ``end`` on, which is moved along."""
-        uri, left = source.objects[0].uri, SEGMENT_ROWS
-        coming = iter_raw(source, end.next, set_aside=lambda row: end.set_aside(row, allowed))
-        while batch := list(islice(coming, min(_AT_ONCE, left))):
+    def _rows(self, reader: _Reader, counts: TokenCounts) -> Iterator[TokenRow]:
+        """The rows of one segment; the reader's ``end`` is moved along."""
+        uri, left, end, allowed = reader.uri, SEGMENT_ROWS, reader.end, reader.allowed
+        while batch := list(islice(reader.rows, min(_AT_ONCE, left))):
             left -= len(batch)
             for (position, messages), row in zip(
                 batch, self._renderer.render_many([messages for _, messages in batch]), strict=True
@@ -169,7 +179,7 @@ class RawTokenCache:
                     kept = self._policy.apply(row, messages, self._renderer, counts)
                 except (RenderError, StreamError) as error:
                     raise StreamError(f"{uri}: {where}: {error}") from error
-                yield from ((one, (source.name, RAW_STAGE, "", "")) for one in kept)
+                yield from ((one, (self._source.name, RAW_STAGE, "", "")) for one in kept)
             end.next = batch[-1][0]
         if left:
             end.next = None

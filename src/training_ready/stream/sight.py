@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from training_ready.stream.groups import PackReader
-from training_ready.stream.plan import PartCounts, fill_of, tokens_by_source
+from training_ready.stream.plan import tokens_by_source
 
 
 class StreamSight:
@@ -18,7 +18,8 @@ class StreamSight:
     ``stream/cache_hits``           blocks of the disk cache that it found there
     ``stream/fill``                 tokens of all ranks' packs as a share of their room
     ``stream/tokens/<source>``      tokens trained since the beginning of the run, all ranks
-    ``stream/epochs/<part>``        passes over a part of the mixture since the beginning of the run
+    ``stream/epochs/<part>``        passes over a part of the mixture since the beginning of the run, once its packs
+                                    are counted
     ==============================  ====================================================================
     """
 
@@ -32,26 +33,20 @@ class StreamSight:
         """The figures at a position: packs that the optimizer has seen."""
         now, counts = time.monotonic(), self._packs.plan.count(position)
         traffic = self._packs.traffic()
-        new = [_difference(counts[name], self._counts[name]) for name in counts]
+        packs = sum(counts[name].packs - self._counts[name].packs for name in counts)
+        tokens = sum(counts[name].tokens - self._counts[name].tokens for name in counts)
         figures = {
             "stream/wait_share": round((self._packs.waited - self._waited) / (now - self._time), 4),
             "stream/fetched_mb": round((self._packs.bytes_read - self._bytes) / 1e6, 3),
             "stream/retries": traffic["retries"] - self._traffic["retries"],
             "stream/cache_hits": traffic["cache_hits"] - self._traffic["cache_hits"],
-            "stream/fill": round(fill_of(new, self._max_length), 4),
+            "stream/fill": round(tokens / (packs * self._max_length), 4) if packs else 0.0,
         }
         for source, (_, tokens, _) in tokens_by_source(self._packs.plan, counts).items():
             figures[f"stream/tokens/{source}"] = int(tokens)
         for name, part in counts.items():
-            figures[f"stream/epochs/{name}"] = round(part.epochs, 4)
+            if part.epochs is not None:
+                figures[f"stream/epochs/{name}"] = round(part.epochs, 4)
         self._counts, self._time, self._traffic = counts, now, traffic
         self._waited, self._bytes = self._packs.waited, self._packs.bytes_read
         return figures
-
-
-def _difference(later: PartCounts, earlier: PartCounts) -> PartCounts:
-    return PartCounts(
-        packs=later.packs - earlier.packs,
-        epochs=later.epochs - earlier.epochs,
-        cells=later.cells - earlier.cells,
-    )

@@ -15,7 +15,7 @@ from training_ready.stream.plan import PackPlan
 from training_ready.stream.shards import StreamError
 
 # Soft limits of an OVHcloud bucket (help.ovhcloud.com KB0047376, 18 February 2026).
-GETS_PER_SECOND = 900
+GETS_PER_SECOND = 900  # and as many HEADs
 BYTES_PER_CONNECTION = 125_000_000
 
 
@@ -23,7 +23,8 @@ BYTES_PER_CONNECTION = 125_000_000
 class Simulation:
     """What the ranks would do in ``steps`` optimizer steps; pairs are (least, most) over the ranks.
 
-    ``reads_per_byte``: bytes fetched by all ranks, divided by the bytes of the groups they touch together.
+    ``blocks``: fetched by all ranks. ``reads_per_byte``: their bytes, divided by the bytes of the groups they touch
+    together.
     """
 
     ranks: int
@@ -35,12 +36,13 @@ class Simulation:
     rows: tuple[int, int]
     tokens: tuple[int, int]
     fetched_bytes: tuple[int, int]
-    requests: int
+    blocks: int
     reads_per_byte: float
 
     @property
     def requests_per_step(self) -> float:
-        return self.requests / self.steps
+        """Of all ranks: a HEAD and a GET for each block."""
+        return 2 * self.blocks / self.steps
 
     @property
     def fastest_step_seconds(self) -> float:
@@ -58,7 +60,7 @@ def simulate(plan: PackPlan, *, ranks: int, global_batch: int, steps: int) -> Si
     in_all = plan.steps(global_batch)
     steps = steps if in_all is None else min(steps, in_all)
     rows, tokens = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    fetched, requests, packs = np.zeros(ranks, np.int64), 0, 0
+    fetched, fetches, packs = np.zeros(ranks, np.int64), 0, 0
     seen: set[tuple[int, int, int, int]] = set()
     touched: set[tuple[int, int]] = set()
     standing = [dict[tuple[int, int], int]() for _ in range(ranks)]
@@ -83,7 +85,7 @@ def simulate(plan: PackPlan, *, ranks: int, global_batch: int, steps: int) -> Si
                 if (address.part, address.group) not in held:
                     blocks = line.groups[address.group]
                     fetched[rank] += int(line.index.block_bytes[blocks].sum())
-                    requests += len(blocks)
+                    fetches += len(blocks)
                     touched.add((address.part, address.group))
                 here[lane] = address.group
     stored = sum(
@@ -100,6 +102,6 @@ def simulate(plan: PackPlan, *, ranks: int, global_batch: int, steps: int) -> Si
         rows=(int(rows.min()), int(rows.max())),
         tokens=(int(tokens.min()), int(tokens.max())),
         fetched_bytes=(int(fetched.min()), int(fetched.max())),
-        requests=requests,
+        blocks=fetches,
         reads_per_byte=float(fetched.sum()) / stored if stored else math.nan,
     )

@@ -1,31 +1,32 @@
-"""What does the run train on? The corpus as token shards, and the plan of their packs."""
+"""What does the run train on? The corpus as tokens, and the plan of their packs."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training_ready.corpus.manifest import Manifest
+from training_ready.corpus.manifest import Manifest, Shard
 from training_ready.recipe.recipe import Recipe
 from training_ready.storage.layout import locate
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.settings import StorageSettings
 from training_ready.storage.shared_cache import cache_from_environment
-from training_ready.stream.assemble import Order, Part, TokenSet, pack_reader
+from training_ready.stream.assemble import Order, Part, pack_reader
 from training_ready.stream.groups import PackReader
 from training_ready.stream.index import TokenIndex
 from training_ready.stream.lengths import LengthPolicy, TokenCounts
 from training_ready.stream.plan import lanes_for
 from training_ready.stream.render import ChatRenderer
 from training_ready.stream.shards import StreamError, read_corpus_shard
-from training_ready.stream.tokens import TokenCache
+from training_ready.stream.token_set import TokenSet
+from training_ready.stream.tokens import Share, TokenCache
 from training_ready.training.arguments import world
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,27 @@ logger = logging.getLogger(__name__)
 class RunData:
     """The packs that are trained and, where the recipe evaluates, those of the evaluation split.
 
-    ``manifests``: of every corpus by name, the first that of ``data.corpus``; ``counts``: of every split that is read.
+    ``manifests``: of every corpus by name, the first that of ``data.corpus``; ``tokens``: every split that is trained.
     """
 
     max_length: int
     manifests: dict[str, Manifest]
-    counts: TokenCounts
+    tokens: list[TokenSet]
     packs: PackReader
     eval_packs: PackReader | None
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Of all rows that are tokenised by now."""
+        counts = TokenCounts()
+        for one in self.tokens:
+            counts.add(one.index.counts)
+        return counts
+
+    @property
+    def untokenised_blocks(self) -> int:
+        """Row groups of the corpora that a run may leave behind that ends before its first pass."""
+        return sum(one.blocks - len(one.index.blocks) for one in self.tokens)
 
 
 def open_corpus(corpus: str) -> tuple[Manifest, ObjectStore]:
@@ -100,7 +114,7 @@ def prepare_data(
     return RunData(
         max_length=max_length,
         manifests=corpora.manifests,
-        counts=_total([one.index for one in train]),
+        tokens=train,
         packs=packs,
         eval_packs=evaluation,
     )
@@ -122,8 +136,9 @@ class _Corpora:
         self._policy = LengthPolicy(max_length=max_length, overlong=recipe.stream.overlong)
         self._workers = recipe.stream.tokenise_workers or _cores_of_this_rank()
         self._open = {recipe.data.corpus: (manifest, store)}
-        self._main = recipe.data.corpus
+        self._main, self._train_split = recipe.data.corpus, recipe.data.train_split
         self._tokens: dict[tuple[str, str], TokenSet] = {}
+        self._early = data_seed(recipe) if begins_early(recipe) else None
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -140,12 +155,18 @@ class _Corpora:
             cache = TokenCache(
                 store=store, corpus_prefix=prefix, renderer=self._renderer, policy=self._policy
             )
-            self._tokens[key] = TokenSet(
-                name=f"{manifest.name} {split}",
-                store=store,
-                prefix=f"{prefix}/tokens",
-                index=_tokenise(cache, manifest, split, self._workers, self._console),
-            )
+            shards, name = manifest.shards_of(split), f"{manifest.name} {split}"
+            if not shards:
+                raise StreamError(
+                    f"the corpus {manifest.name!r} has no split {split!r}; it has {sorted(manifest.splits)}"
+                )
+            rank, world_size = world()
+            share = Share(rank=rank, world_size=world_size, workers=self._workers)
+            if self._early is not None and split == self._train_split:
+                self._tokens[key] = cache.begin(name, shards, self._early, replace(share, ahead=True))
+            else:
+                index = _tokenise(cache, shards, split, share, self._console)
+                self._tokens[key] = TokenSet(name=name, store=store, prefix=cache.prefix, index=index)
         return self._tokens[key]
 
 
@@ -174,10 +195,9 @@ def _parts(recipe: Recipe, corpora: _Corpora) -> dict[str, Part]:
 
 def _order(recipe: Recipe, global_batch: int) -> Order:
     stream = recipe.stream
-    seed, data_seed = recipe.effective("seed"), recipe.effective("data_seed")
     return Order(
         max_length=recipe.effective("max_length"),
-        seed=seed if data_seed is None else data_seed,
+        seed=data_seed(recipe),
         packing=recipe.effective("packing"),
         blocks_per_group=stream.blocks_per_group,
         lanes=stream.lanes or lanes_for(global_batch),
@@ -195,11 +215,28 @@ def order_facts(recipe: Recipe, global_batch: int) -> dict[str, Any]:
     return {
         "mixture": json.dumps([mixture, recipe.data.train_split, recipe.data.stages], sort_keys=True),
         "overlong": recipe.stream.overlong,
+        "early_start": begins_early(recipe),
         **{
             name: getattr(order, name)
             for name in ("max_length", "packing", "seed", "blocks_per_group", "lanes")
         },
     }
+
+
+def data_seed(recipe: Recipe) -> int:
+    """The seed of the order of packs."""
+    own = recipe.effective("data_seed")
+    return int(recipe.effective("seed") if own is None else own)
+
+
+def begins_early(recipe: Recipe) -> bool:
+    """Whether the order is one whose beginning needs no count of all packs."""
+    return (
+        recipe.stream.early_start
+        and recipe.stream.mixture is None
+        and recipe.effective("max_steps") > 0
+        and recipe.data.eval_split != recipe.data.train_split
+    )
 
 
 def _refuse_too_many_steps(packs: PackReader, max_steps: int, global_batch: int) -> None:
@@ -216,25 +253,13 @@ def _cores_of_this_rank() -> int:
 
 
 def _tokenise(
-    cache: TokenCache, manifest: Manifest, split: str, workers: int, console: Console
+    cache: TokenCache, shards: Sequence[Shard], split: str, share: Share, console: Console
 ) -> TokenIndex:
-    rank, world_size = world()
-    shards = manifest.shards_of(split)
-    if not shards:
-        raise StreamError(
-            f"the corpus {manifest.name!r} has no split {split!r}; it has {sorted(manifest.splits)}"
-        )
-    mine = sum(shard.records for index, shard in enumerate(shards) if index % world_size == rank)
+    blocks = [group.records for shard in shards for group in shard.row_groups]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"tokenising {split}", total=mine)
-        ready = cache.ensure(
-            shards,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-            advance=lambda n: bar.advance(task, n),
-        )
+        task = bar.add_task(f"tokenising {split}", total=sum(blocks[share.rank :: share.world_size]))
+        ready = cache.ensure(shards, replace(share, advance=lambda n: bar.advance(task, n)))
     counts = ready.counts
     logger.info(
         f"{split}: {counts.rows} conversations, {counts.tokens} tokens, {counts.learned_tokens} learned; truncated "
@@ -242,10 +267,3 @@ def _tokenise(
         f"{counts.split_pieces}; dropped {counts.dropped_rows}"
     )
     return ready
-
-
-def _total(indexes: list[TokenIndex]) -> TokenCounts:
-    counts = TokenCounts()
-    for index in indexes:
-        counts.add(index.counts)
-    return counts
