@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from training_ready.check.memory_step import StepSpec, router_losses
 from training_ready.check.memory_trace import MomentTracker, Split, trace_step
+from training_ready.moe.shared_base import train_shared_base
 from training_ready.recipe.sections import ExpertAdaptersSection, MoeSection, SharedBaseSection
 from training_ready.training.expert_adapters import adapt_experts
 from training_ready.training.moe_losses import RouterLosses
@@ -126,6 +127,8 @@ def real_moments(spec: StepSpec, folder: Path) -> dict[str, Split]:
     )
     if spec.moe is not None and spec.moe.adapters is not None:
         adapt_experts(trainer.model, spec.moe.adapters)
+    if spec.moe is not None and spec.moe.shared_base is not None:
+        train_shared_base(trainer.model)
     trainer.losses = router_losses(trainer.model, spec)
     tracker = MomentTracker(trainer.model, None)
     gc.collect()
@@ -186,6 +189,9 @@ COMBINATIONS: dict[str, StepSpec] = {
     ),
     "shared base, 512": step(dense(), 512, moe=SHARED),
     "shared base, 512, bf16, checkpointing": step(dense(), 512, moe=SHARED, checkpointing="on", **HALF),
+    "shared base and LoRA, 512, bf16, checkpointing": step(
+        dense(), 512, lora=lora(*ATTENTION), moe=SHARED, checkpointing="on", **HALF
+    ),
 }
 
 

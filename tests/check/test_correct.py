@@ -69,6 +69,13 @@ CORRECT: dict[str, tuple[Keys, Keys]] = {
             "launch": "{accelerate_config: zero2, num_processes: 4}",
         },
     ),
+    "experts over a shared base beside LoRA on the attention": (
+        LORA,
+        {
+            "moe": "{shared_base: {experts: 4, rank: 8, alpha: 16}}",
+            "lora_target_modules": "[q_proj, k_proj, v_proj, o_proj]",
+        },
+    ),
     "the router on purpose": (
         MOE,
         {

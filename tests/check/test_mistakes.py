@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoConfig
 
 from training_ready.check.run import PROBES, Report
+from training_ready.release.connection import hub_api
 from training_ready.release.hub_server import EmbeddedHub
 
 from .right_recipes import FULL, LORA, MOE, SCRATCH, Keys
@@ -97,6 +98,7 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
     ("data", LORA, corpus("twice", eval_split="val"), "data.corpus", "is there 2 times"),
     ("data", LORA, corpus("empty_turn") | NO_EVAL, "data.corpus", "an empty turn"),
     ("data", LORA, corpus("unlicensed") | NO_EVAL, "data.corpus", "license_tag"),
+    ("data", LORA, corpus("all_unlicensed") | NO_EVAL, "data.corpus", "license_tag"),
     ("data", LORA, corpus("long", eval_split="val"), "max_length", "beyond max_length 256"),
     ("data", LORA, {"max_length": "48"}, "max_length", "beyond max_length 48"),
     ("data", LORA, {"stream": "{overlong: error}", "max_length": "64"}, "stream.overlong", "stops the run"),
@@ -176,6 +178,17 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         "chat_template_path",
         "TGI's template engine renders",
     ),
+    (
+        "template",
+        SCRATCH,
+        {
+            "model": "{config: {model_type: qwen2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+            "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512}, "
+            "tokenizer: {vocab_size: 600}}"
+        },
+        "model.config.model_type",
+        "qwen2 configuration as Qwen2Tokenizer",
+    ),
     # ------------------------------------------------------------- loss mask
     ("loss_mask", LORA, corpus("monologue") | NO_EVAL, "data.target_role", "cannot be learned from"),
     ("loss_mask", LORA, {"chat_template_path": "TEMPLATES/shouts.jinja"}, "chat_template_path", "learned is"),
@@ -196,6 +209,15 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         "max_length 256 > the model's 128",
     ),
     ("parameters", LORA, {"lora_target_modules": "[Wqkv]"}, "lora_target_modules", "Wqkv"),
+    ("parameters", LORA, {"lora_target_modules": "[v_porj]"}, "lora_target_modules", "did you mean `v_proj`"),
+    ("parameters", LORA, {"lora_target_modules": "[q_proj]"}, "lora_target_modules", r"write '.*\.q_proj'"),
+    (
+        "parameters",
+        LORA,
+        {"lora_target_modules": "['*.q_proj']"},
+        "lora_target_modules",
+        "no regular expression",
+    ),
     (
         "parameters",
         LORA,
@@ -445,7 +467,7 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         SCRATCH,
         HUGE | {"save_total_limit": "1", "checkpoint": "{mirror: 's3://no-such-bucket-of-ours/runs'}"},
         "save_total_limit",
-        "x 3 at once (save_total_limit 1, the one being written included + one on its way",
+        "x 3 at once (save_total_limit 1, and the one before it until it is written + one on its way",
     ),
     # ------------------------------------------------------------------- hub
     (
@@ -479,6 +501,17 @@ MISTAKES: list[tuple[str, Keys, Keys, str, str]] = [
         "vllm",
     ),
     ("serving", SCRATCH, {"release": "{target: adapter}"}, "release.target", "nothing is adapted"),
+    (
+        "serving",
+        LORA,
+        {
+            "moe": "{shared_base: {experts: 4, rank: 8, alpha: 16}}",
+            "lora_target_modules": "[q_proj, k_proj, v_proj, o_proj]",
+            "release": "{target: adapter}",
+        },
+        "release.target",
+        "leave as a whole mixture",
+    ),
     # ----------------------------------------------------------------- seeds
     ("seeds", LORA, corpus("leak", eval_split="val"), "data.eval_split", "1 of 11 conversations"),
     (
@@ -539,7 +572,11 @@ def test_wrong_credentials_are_named_by_the_bucket(check: Check, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("variable", "value", "word"),
-    [("HF_TOKEN", "guessed", "HTTP 401"), ("HF_ENDPOINT", "http://127.0.0.1:9", "no hub answers")],
+    [
+        ("HF_TOKEN", "guessed", "HTTP 401"),
+        ("HF_ENDPOINT", "http://127.0.0.1:9", "no hub answers"),
+        ("HF_ENDPOINT", "http://me:topsecret@127.0.0.1:9", "(http://…@127.0.0.1:9)"),
+    ],
 )
 def test_a_hub_that_would_refuse_the_push_is_found(
     check: Check, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, word: str
@@ -570,6 +607,20 @@ def test_a_hub_that_everybody_may_use_says_what_it_proves(
         monkeypatch.setenv("HF_TOKEN", "read-me")
         [(_, finding)] = check(SCRATCH, skip=others).failures
         assert "may only read" in finding.message
+
+
+def test_a_release_that_is_replaced_only_on_purpose_is_a_remark(check: Check, hub: EmbeddedHub) -> None:
+    others = [probe for probe in PROBES if probe not in ("keys", "hub")]
+    name = "training-ready/older"
+    with hub_api(hub.endpoint_url, "let-me-in") as api:
+        api.create_repo(name)
+        card = b"---\ntags: [training-ready]\n---\n"
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=name)
+    report = check(SCRATCH | {"release": str(SCRATCH["release"]).replace("scratch", "older")}, skip=others)
+    [remark, _] = report.outcomes[PROBES.index("hub")].findings
+    assert remark.status == "warn"
+    assert "1 file without a release.json" in remark.message
+    assert "--replace" in str(remark.fix)
 
 
 def test_a_card_that_could_not_be_written_is_found_offline(check: Check) -> None:

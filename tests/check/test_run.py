@@ -64,6 +64,11 @@ def test_offline_leaves_the_network_alone_and_says_so(check: Check, monkeypatch:
         if findings[-1].status == "not run"
     )
     assert statuses(report)["parameters"] == "pass"
+    [counts] = report.outcomes[PROBES.index("parameters")].findings
+    missing = (600 - 259) * 2 * 32  # rows of both ends, as long as the model is wide
+    assert (
+        f"with 259 tokens, and the corpus may teach the tokenizer 600: up to {missing:,} " in counts.message
+    )
 
 
 def test_a_skipped_probe_is_named_and_the_others_run(check: Check) -> None:

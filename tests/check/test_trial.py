@@ -52,6 +52,18 @@ def test_a_trial_times_the_steps_and_gives_hours_and_cost(check: Check, tmp_path
 
 
 @pytest.mark.slow
+def test_a_trial_runs_on_as_many_processes_as_the_run(check: Check, tmp_path: Path) -> None:
+    check(scratch() | {"launch": "{num_processes: 2}"})
+    done = front_door(tmp_path, "--trial", "3")
+    assert done.returncode == 0, done.stderr
+    [timed] = next(p for p in json.loads(done.stdout)["probes"] if p["probe"] == "time_cost")["findings"]
+    folder = tmp_path / "runs" / "scratch-trial-3"
+    assert timed["measured"]["measured_in"] == str(folder)
+    assert json.loads((folder / "summary.json").read_text())["hardware"]["processes"] == 2
+    assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_a_trial_that_fails_says_so(check: Check, tmp_path: Path) -> None:
     check(scratch() | {"data": "{corpus: final_dataset/nothing/manifest.json, eval_split: val}"})
     done = front_door(tmp_path, "--trial", "2")

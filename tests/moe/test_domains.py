@@ -11,6 +11,7 @@ import torch
 
 from training_ready.moe.domains import DomainLoadMonitor, mutual_information
 from training_ready.moe.families import MoEError, routed_layers
+from training_ready.moe.monitor import ExpertLoadMonitor
 
 
 def test_known_values_of_mutual_information() -> None:
@@ -62,6 +63,29 @@ def test_tokens_are_counted_by_their_domain_and_checkpointing_does_not_count_twi
     assert counts.shape == (len(routed_layers(model)), 3, 4)
     assert counts.sum(dim=2).tolist() == [[20, 20, 10]] * counts.shape[0]
     assert list(monitor.mutual_information()) == [routed.layer for routed in routed_layers(model)]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_came_after_a_mark_is_forgotten(
+    tiny_model: Callable[..., Any], token_ids: torch.Tensor, first: int
+) -> None:
+    """Of ``first`` forwards before the mark and one after it, those before stay; then counting goes on."""
+    model = tiny_model("mixtral")
+    load, domains = ExpertLoadMonitor(model), DomainLoadMonitor(model.train(), ["a", "b"])
+    with domains.tokens(torch.arange(3)[:, None].expand_as(token_ids) % 2):
+        for _ in range(first):
+            model(input_ids=token_ids)
+        before = load.counts(), domains.counts()
+        assert [int(counts.sum()) > 0 for counts in before] == [bool(first)] * 2
+        marks = load.mark(), domains.mark()
+        model(input_ids=token_ids)
+        for forget in marks:
+            forget()
+        assert torch.equal(load.counts(), before[0])
+        assert torch.equal(domains.counts(), before[1])
+        model(input_ids=token_ids)
+    for counts, was in zip((load.counts(), domains.counts()), before, strict=True):
+        assert int(counts.sum()) == int(was.sum()) + 2 * 2 * token_ids.numel()  # two layers, two choices
 
 
 def test_domains_of_another_forward_are_an_error(

@@ -13,6 +13,7 @@ from training_ready.moe.monitor import ExpertLoadMonitor
 from training_ready.moe.parameters import describe_experts
 from training_ready.moe.shared_base import (
     build_shared_base,
+    lora_layers,
     set_router_rows,
     shared_base_adapters,
     train_shared_base,
@@ -197,14 +198,28 @@ def test_attention_adapters_of_peft_train_beside_and_are_merged(token_ids, tmp_p
     train_shared_base(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trainable) == 2 * (2 * 2 + 3 * 2 + 1)
+    assert lora_layers(model) == [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "oq"]
     expected = logits(model, token_ids)
     assert largest_difference(expected, logits(shared_model(), token_ids)) > 0.01
     export_shared_base(model, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     assert largest_difference(logits(plain, token_ids), expected) <= 1e-5
-    save_shared_base(model, tmp_path / "state")
-    restored = load_shared_base(dense_model(), tmp_path / "state")
-    assert torch.equal(logits(restored, token_ids), logits(shared_model(), token_ids))
+
+
+@pytest.mark.parametrize(
+    ("settings", "strange"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["q_proj", "gate"]}, r"mlp\.gate\.lora_A"),
+        ({"target_modules": ["q_proj", "v_proj"], "use_dora": True}, "lora_magnitude_vector"),
+        ({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, r"lora_B\.default\.bias"),
+    ],
+)
+def test_adapters_that_no_export_could_merge_are_refused(settings, strange):
+    model = get_peft_model(shared_model(), LoraConfig(r=4, **settings))
+    with pytest.raises(MoEError, match=rf"{strange}.* would train .* plain LoRA on the attention only"):
+        train_shared_base(model)
 
 
 def test_a_bf16_export_rounds_each_weight_once(tmp_path):

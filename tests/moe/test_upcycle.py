@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from training_ready.cli import app
 from training_ready.moe.families import MoEError, routed_layers
-from training_ready.moe.shared_base import shared_base_adapters
+from training_ready.moe.shared_base import build_shared_base, shared_base_adapters, train_shared_base
 from training_ready.moe.shared_base_files import load_shared_base, save_shared_base
 from training_ready.moe.upcycle import UpcyclePlan, upcycle
 from training_ready.moe.upcycle_branches import Branch, parse_branch
@@ -192,6 +192,73 @@ def test_joint_training_starts_from_mix_and_ends_in_a_plain_checkpoint(token_ids
     assert largest_difference(expected, logits(load(base), token_ids)) > 0.01
 
 
+def attention_trained(base: Path, folder: Path, **changes):
+    """A mixture over the base with LoRA on its attention, saved as joint training saves it."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], **changes}
+    mixture = build_shared_base(load(base), experts=4, top_k=2, rank=4, alpha=8.0)
+    model = get_peft_model(mixture, LoraConfig(**settings, init_lora_weights=False)).eval()
+    train_shared_base(model)
+    model.save_pretrained(folder)
+    save_shared_base(model, folder, experts=DOMAINS)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama-tied", "qwen3-bias"])
+def test_lora_on_the_attention_leaves_in_the_weights(name, token_ids, tmp_path):
+    base = write_base(tmp_path / "base", BASES[name])
+    expected = logits(attention_trained(base, tmp_path / "state", use_rslora=True), token_ids)
+    assert largest_difference(expected, logits(load(base), token_ids)) > 0.01
+    export_upcycled(base, tmp_path / "state", tmp_path / "out", shard_bytes=60_000)
+    assert largest_difference(logits(load(tmp_path / "out"), token_ids), expected) <= 1e-5
+
+
+def test_lora_on_the_attention_is_summed_in_fp32_and_rounded_once(tmp_path):
+    base = write_base(tmp_path / "base", dtype=torch.bfloat16)
+    model = attention_trained(base, tmp_path / "state")
+    export_upcycled(base, tmp_path / "state", tmp_path / "out")
+    stored, dense = load(tmp_path / "out").state_dict(), load(base).state_dict()
+    layer = model.base_model.model.model.layers[1].self_attn.o_proj
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    difference = 2.0 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    exact = (dense[name].double() + difference).float().bfloat16()
+    assert stored[name].dtype == torch.bfloat16
+    assert (stored[name] == exact).float().mean() > 0.999
+    assert not torch.equal(exact, dense[name])
+    assert torch.equal(*(weights[name.replace("o_proj", "v_proj")] for weights in (stored, dense)))
+
+
+def test_lora_that_is_not_of_the_experts_is_refused(tmp_path):
+    base = write_base(tmp_path / "base")
+    state = tmp_path / "state"
+    attention_trained(base, state)
+    with pytest.raises(MoEError, match="4 projections of the attention were adapted as well"):
+        load_shared_base(load(base), state)
+    settings = json.loads((state / "shared_base.json").read_text())
+    adapter = json.loads((state / "adapter_config.json").read_text())
+    for file, changed, message in (
+        ("shared_base.json", {**settings, "lora": []}, "in its files and not in shared_base.json"),
+        (
+            "shared_base.json",
+            {**settings, "lora": [*settings["lora"], "x"]},
+            "on x is in shared_base.json and",
+        ),
+        ("adapter_config.json", {**adapter, "use_dora": True}, "only a plain LoRA .* not use_dora"),
+        ("adapter_config.json", {**adapter, "r": 8}, "r=8"),
+    ):
+        whole = (state / file).read_text()
+        (state / file).write_text(json.dumps(changed))
+        with pytest.raises(MoEError, match=message):
+            export_upcycled(base, state, tmp_path / "out")
+        (state / file).write_text(whole)
+    wider = write_base(tmp_path / "wider", MistralConfig(**{**SHAPE, "num_attention_heads": 8}))
+    with pytest.raises(MoEError, match=r"LoRA on model\.layers\.0\.self_attn\.o_proj is .*, the base needs"):
+        export_upcycled(wider, state, tmp_path / "out")
+    (state / "adapter_model.safetensors").unlink()
+    with pytest.raises(MoEError, match="not a readable PEFT adapter"):
+        export_upcycled(base, state, tmp_path / "out")
+
+
 def test_what_is_shared_is_carried_bit_by_bit(tmp_path):
     base = write_base(tmp_path / "base", dtype=torch.bfloat16)
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 5], "pad_token_id": 0}')
@@ -331,8 +398,8 @@ def test_a_branch_that_moved_more_than_its_feed_forward_is_refused(tmp_path):
     (dora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     for source, message in (
         (moved, r"layers\.1\.self_attn\.v_proj\.weight differs from the anchor's"),
-        (attention, r"self_attn\.q_proj\.lora_A\.weight is not on a feed-forward projection"),
-        (dora, "only a plain LoRA can become an expert, not use_dora"),
+        (attention, r"self_attn\.q_proj is not a feed-forward projection"),
+        (dora, "only a plain LoRA can be summed into weights, not use_dora"),
         (tmp_path / "nowhere", "can be read"),
     ):
         branches = [Branch(domain="a", source=source), Branch(domain="b", source=None)]

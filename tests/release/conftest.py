@@ -65,6 +65,16 @@ def make_release(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def of_another(release: Path, **facts: object) -> Path:
+    """The same files as the release of another run or base model."""
+    record = json.loads((release / "release.json").read_bytes())
+    record["facts"] |= {key: value for key, value in facts.items() if key != "base_model"}
+    if "base_model" in facts:
+        record["facts"]["model"]["base_model"] = facts["base_model"]
+    (release / "release.json").write_text(json.dumps(record))
+    return release
+
+
 def make_words() -> dict[str, Any]:
     return {
         "license": "apache-2.0",
@@ -134,6 +144,7 @@ def make_summary() -> dict[str, Any]:
         "model": {
             "architecture": "MixtralForCausalLM",
             "parameters_total": 3456789,
+            "parameters_merged": 0,
             "parameters_trainable": 3456788,
             "base_model": None,
             "base_revision": None,

@@ -122,6 +122,12 @@ def test_the_numbers_of_the_run_stand_in_the_card(summary: dict[str, Any]) -> No
         assert expected in text
 
 
+def test_merged_adapters_are_no_part_of_the_parameters(summary: dict[str, Any]) -> None:
+    summary["model"] |= {"parameters_merged": 40_000, "parameters_trainable": 42_000}
+    expected = "3,456,789; trained were 42,000, 40,000 of them in adapters that are merged into these |"
+    assert expected in render(summary)
+
+
 def test_the_metadata_is_what_a_hub_indexes(summary: dict[str, Any]) -> None:
     data = ModelCard(render(summary)).data
     assert data.license == "apache-2.0"
@@ -142,6 +148,17 @@ def test_the_base_model_is_named_when_there_is_one(summary: dict[str, Any], tmp_
     text = render(summary)
     assert ModelCard(text).data.base_model is None
     assert str(tmp_path) not in text
+
+
+def test_a_run_that_ended_before_its_first_pass_says_so(summary: dict[str, Any]) -> None:
+    part = {"name": "data", "packs": 8, "rows": 9, "tokens": 99, "learned_tokens": 9}
+    summary["tokens"] |= {"trained_parts": [{**part, "epochs": None}], "untokenised_blocks": 31}
+    card = render(summary)
+    assert "| data | 9 | 99 | 9 | not counted |" in card
+    assert "| Row groups of the corpus that were not tokenised when the run ended | 31 |" in card
+    summary["tokens"] |= {"trained_parts": [{**part, "epochs": 0.25}], "untokenised_blocks": 0}
+    assert "| data | 9 | 99 | 9 | 0.25 |" in render(summary)
+    assert "not tokenised" not in render(summary)
 
 
 def test_a_dense_model_has_no_expert_table(summary: dict[str, Any]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from training_ready.release.connection import without_xet
+from training_ready.release.hub_blobs import HubError
+from training_ready.release.hub_commands import hub_check
 from training_ready.release.hub_server import EmbeddedHub
 
 from .test_hub import REPO, raw
@@ -74,6 +78,30 @@ def test_no_repository_has_a_name_that_means_something_else(hub: EmbeddedHub, re
     answer = raw(hub, "POST", "/api/repos/create", body, Content_Type="application/json")
     assert answer.status == 404
     assert list(hub.place.names("repos/")) == []
+
+
+def test_a_commit_of_odd_values_is_refused_as_one(api: HfApi, hub: EmbeddedHub) -> None:
+    api.create_repo(REPO)
+    odd = [
+        {"key": "header", "value": {"summary": "x", "parentCommit": 7}},
+        {"key": "header", "value": {"summary": "x", "parentCommit": ["main"]}},
+        {"key": "header", "value": {"summary": "\ud800"}},
+        {"key": "header", "value": "x"},
+        {"key": "deletedFile", "value": {"path": 7}},
+        {"key": "deletedFile", "value": {"path": None}},
+        {"key": "deletedFile", "value": {"path": "\ud800"}},
+        {"key": "deletedFile", "value": {}},
+        {"key": "deletedFolder", "value": {"path": ["a"]}},
+        {"key": "file", "value": {"path": "a", "content": 7}},
+        {"key": "lfsFile", "value": {"path": "a", "oid": 7}},
+        {"key": ["file"], "value": {"path": "a"}},
+        ["key"],
+        None,
+    ]
+    for line in (*(json.dumps(item).encode() for item in odd), b"[" * 200_000):
+        answer = raw(hub, "POST", f"/api/models/{REPO}/commit/main", line)
+        assert answer.status == 400, (line[:80], answer.read())
+    assert len(api.list_repo_commits(REPO)) == 1
 
 
 def test_a_file_cannot_be_inside_a_file(api: HfApi) -> None:
@@ -185,3 +213,55 @@ def test_no_card_hides_the_models(api: HfApi, hub: EmbeddedHub, value: str) -> N
     assert [model.id for model in api.list_models()] == [REPO]
     assert api.repo_info(REPO).id == REPO
     assert "<h1>Hello</h1>" in page(hub, f"/{REPO}")
+
+
+# --- damage
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("repo.json", b"", "JSONDecodeError"),
+        ("refs/heads/main", b"\xff", "names no commit"),
+        ("refs/heads/main", None, "no revision"),
+        ("commits/{oid}.json", b"{}", "no longer has the hash in its name"),
+    ],
+)
+def test_a_damaged_model_hides_no_other(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:
+    root = tmp_path / "hub"
+    with EmbeddedHub(root) as hub, without_xet(hub.endpoint_url):
+        api = HfApi(endpoint=hub.endpoint_url, token=False)
+        for repo_id in ("me/first", "me/second", "me/third"):
+            oid = upload(api, repo_id)
+            if repo_id == "me/second":
+                victim = root / "repos" / repo_id / name.format(oid=oid)
+    victim.unlink()
+    if content is not None:
+        victim.write_bytes(content)
+    with EmbeddedHub(root) as hub, without_xet(hub.endpoint_url):
+        api = HfApi(endpoint=hub.endpoint_url, token=False)
+        listed = {model.id: model for model in api.list_models()}
+        assert {name: bool(model.disabled) for name, model in listed.items()} == {
+            "me/first": False,
+            "me/second": True,
+            "me/third": False,
+        }
+        assert why in listed["me/second"].error
+        page = raw(hub, "GET", "/").read().decode()
+        assert [f'href="/{name}"' in page for name in listed] == [True, False, True]
+        assert why in page
+    with pytest.raises(HubError, match=r"1 of 3 models cannot be read(.|\n)*me/second"):
+        hub_check(str(root))
+    with pytest.raises(HubError, match="me/second"):  # what the damaged one needs is not known
+        hub_check(str(root), delete_unreferenced=True)
+    with EmbeddedHub(root) as hub, without_xet(hub.endpoint_url):
+        api = HfApi(endpoint=hub.endpoint_url, token=False)
+        api.delete_repo("me/second")
+        assert [model.id for model in api.list_models()] == ["me/first", "me/third"]
+        upload(api, "me/second")
+    hub_check(str(root), delete_unreferenced=True)
+
+
+def upload(api: HfApi, repo_id: str) -> str:
+    api.create_repo(repo_id)
+    return api.upload_file(repo_id=repo_id, path_or_fileobj=repo_id.encode(), path_in_repo="a.txt").oid

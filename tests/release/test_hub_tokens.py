@@ -26,6 +26,7 @@ from training_ready.release.place_folder import FolderPlace
 from training_ready.release.places import Place, PlaceError
 from training_ready.storage.objects import ObjectStore
 
+from .conftest import use
 from .test_hub import REPO, raw
 
 
@@ -141,7 +142,12 @@ def test_a_token_is_made_kept_as_a_hash_and_revoked(
 
 def test_the_token_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(tmp_path / "hub")
-    hub_token_add("laptop", root, "write")
+    (tmp_path / "photos").mkdir()
+    for wrong in (root, str(tmp_path / "photos")):
+        with pytest.raises(HubError, match=rf"no hub in {wrong}.*hub token add NAME --root {wrong} --create"):
+            hub_token_add("laptop", wrong, "write")
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos"]
+    hub_token_add("laptop", root, "write", create=True)
     token = capsys.readouterr().out.strip()
     assert len(token) > 40
     with pytest.raises(HubError, match="neither read nor write"):
@@ -156,6 +162,20 @@ def test_the_token_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(kept.read_text()) == {}
     with pytest.raises(HubError, match="no token is named laptop"):
         hub_token_revoke("laptop", root)
+
+
+def test_a_bucket_that_is_no_hub_gets_no_token(
+    moto_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(moto_store, monkeypatch)
+    root = moto_store.uri("hub")
+    with pytest.raises(HubError, match="there is no hub in"):
+        hub_token_add("laptop", root)
+    assert list(moto_store.list()) == []
+    with EmbeddedHub(BucketPlace(moto_store, "hub")) as hub:
+        client(hub, False).create_repo(REPO)
+    hub_token_add("laptop", root)
+    assert moto_store.exists("hub/tokens.json")
 
 
 def test_a_browser_reads_with_the_token_as_its_password(tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ from training_ready.release.facts import CardError
 from training_ready.release.hub_blobs import HubError
 from training_ready.release.hub_commands import hub_check, hub_serve
 from training_ready.release.hub_server import EmbeddedHub
+from training_ready.release.hub_store import HubStore
+from training_ready.release.place_bucket import BucketPlace
 from training_ready.release.publish import Publication, publish_release
+from training_ready.storage.objects import ObjectStore
+
+from .conftest import of_another
 
 REPO = "me/tiny"
 
@@ -114,6 +119,38 @@ def test_the_next_release_replaces_the_files_of_the_last(hub: EmbeddedHub, api: 
     assert sorted(api.list_repo_files(REPO)) == sorted(path.name for path in release.iterdir())
     assert "model-0.safetensors" in api.list_repo_files(REPO, revision=first.revision)
     assert second.uploaded
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"run": "other-run"}, r"run 'tiny-run' \(here 'other-run'\)"),
+        ({"base_model": "you/large"}, r"base .* \(here 'you/large'\)"),
+    ],
+)
+def test_another_models_release_is_replaced_only_on_purpose(
+    hub: EmbeddedHub, api: HfApi, release: Path, other: dict[str, object], said: str
+) -> None:
+    first = publish(hub, release)
+    of_another(release, **other)
+    with pytest.raises(PublishError, match=rf"another model: {said}.*To continue, run: .* --replace$"):
+        publish(hub, release)
+    assert [branch.name for branch in api.list_repo_refs(REPO).branches] == ["main", "step-004321"]
+    assert api.repo_info(REPO).sha == first.revision
+    assert publish(hub, release, replace=True).uploaded
+    assert not publish(hub, release).uploaded
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "release.json"])
+def test_what_is_no_release_is_replaced_only_on_purpose(
+    hub: EmbeddedHub, api: HfApi, release: Path, name: str
+) -> None:
+    api.create_repo(REPO)
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"by somebody", path_in_repo=name)
+    with pytest.raises(PublishError, match=r"1 files? without a release\.json that can be read"):
+        publish(hub, release)
+    assert api.list_repo_files(REPO) == [name]
+    assert publish(hub, release, replace=True).uploaded
 
 
 # --- what must not leave
@@ -253,6 +290,27 @@ def test_unreferenced_contents_are_deleted_only_when_asked(
     assert not weights.exists()
     total = sum(path.stat().st_size for path in release.iterdir())
     assert f"deleted {total} bytes" in capsys.readouterr().out
+
+
+def test_nothing_is_deleted_from_a_bucket_that_another_hub_may_serve(moto_store: ObjectStore) -> None:
+    with HubStore(BucketPlace(moto_store, "hub")) as store:
+        on_its_way = store.blobs.put(b"its commit is on the way")
+        with pytest.raises(HubError, match=r"has no lock.*--only-writer"):
+            store.delete_unreferenced()
+        assert store.blobs.size(on_its_way) == 24
+    with HubStore(BucketPlace(moto_store, "hub", only_writer=True)) as store:
+        assert store.delete_unreferenced() == 24
+        assert store.blobs.size(on_its_way) is None
+
+
+def test_an_address_that_holds_a_password_is_refused_and_not_shown(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:topsecret@hub.example:9800/")
+    for given in (None, "http://topsecret@hub.example:9800"):
+        with pytest.raises(PublishError, match=r"http://…@hub\.example:9800.*HF_TOKEN") as refused:
+            publish_release(release, REPO, endpoint=given)
+        assert "topsecret" not in str(refused.value)
 
 
 def test_a_wrong_token_is_refused_in_one_sentence(tmp_path: Path, release: Path) -> None:

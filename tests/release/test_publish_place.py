@@ -15,7 +15,7 @@ from training_ready.storage.embedded import EmbeddedStore
 from training_ready.storage.objects import ObjectStore
 
 from ..faulty_network import proxy_before
-from .conftest import use
+from .conftest import of_another, use
 from .test_publish_faults import change
 
 
@@ -83,6 +83,21 @@ def test_a_revision_holds_the_files_as_they_are_and_never_changes(target: Target
     files = target.files()
     for name, wanted in ((first.name, old), (second.name, content(release))):
         assert {path: files[f"{name}/{path}"] for path in wanted} == wanted
+
+
+def test_another_models_release_is_replaced_only_on_purpose(target: Target, release: Path) -> None:
+    first = publish_release(release, target.address)
+    of_another(release, run="other-run")
+    with pytest.raises(
+        PublishError, match=r"run 'tiny-run' \(here 'other-run'\).*To continue, run: .* --replace$"
+    ):
+        publish_release(release, target.address)
+    assert target.main() == first.name
+    second = publish_release(release, target.address, replace=True)
+    assert target.main() == second.name
+    target.write("refs/main.json", b'{"revision": "../elsewhere"}')
+    with pytest.raises(PublishError, match=r"without a release\.json"):
+        publish_release(release, target.address)
 
 
 def test_an_interruption_leaves_main_where_it_was(target: Target, release: Path) -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, parse_eval_result_entries
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training_ready.release.build import build_release
 from training_ready.release.card import refresh_card
 from training_ready.release.contents import EXPORT, ContentsError, release_files
+from training_ready.release.export import ExportError
 from training_ready.release.hub_server import EmbeddedHub
 from training_ready.release.publish import publish_release
 from training_ready.release.record import read_record
@@ -61,17 +63,29 @@ def test_an_export_is_verified_published_and_its_difference_stands_in_both_cards
     revision = tmp_path / "models" / to_bucket.name
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(revision).eval()), logits(tiny_model()))
     assert AutoTokenizer.from_pretrained(revision).chat_template == tiny_tokenizer().chat_template
+    stray = export / "old" / "model.safetensors"
+    stray.parent.mkdir()
+    shutil.copy(next(export.glob("*.safetensors")), stray)
+    with pytest.raises(
+        ExportError, match=r"holds old/model\.safetensors, which `release export` did not write"
+    ):
+        release_verify(export, "hf", built)
+    stray.unlink()
     weights = next(export.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ContentsError, match=f"{weights.name} changed since it was verified"):
         publish_release(export, str(tmp_path / "models"))
+    of_others = ["not verified: the report is of other weights", "not measured"]
+    save_file({"extra": torch.zeros(1)}, built / "extra.safetensors")
+    refresh_card(built, read_record(built))
+    assert rows(built)["transformers 5"][:2] == of_others
+    (built / "extra.safetensors").unlink()
+    refresh_card(built, read_record(built))
+    assert rows(built)["transformers 5"][0] == "verified"
     config = json.loads((built / "config.json").read_bytes()) | {"rope_theta": 1.0}
     (built / "config.json").write_text(json.dumps(config))
     refresh_card(built, read_record(built))
-    assert rows(built)["transformers 5"][:2] == [
-        "not verified: the report is of other weights",
-        "not measured",
-    ]
+    assert rows(built)["transformers 5"][:2] == of_others
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -96,6 +110,12 @@ def test_a_gguf_leaves_when_it_was_verified(
     publication = publish_release(export, "me/gguf", endpoint=hub.endpoint_url)
     assert {"model-f16.gguf", "Modelfile", "README.md"} <= {file.path for file in publication.files}
     assert rows(export)["ollama, through llama.cpp"][:2] == ["verified", "2.0e-05 (float32)"]
+    (export / "LICENSE").write_text("Anybody may.")  # no engine reads it
+    publish_release(export, "me/gguf", endpoint=hub.endpoint_url)
+    (export / "adapter.gguf").write_bytes(b"GGUF" + bytes(10))
+    with pytest.raises(ContentsError, match=r"adapter\.gguf was not there when it was made"):
+        publish_release(export, "me/gguf", endpoint=hub.endpoint_url)
+    (export / "adapter.gguf").unlink()
     shutil.copy(export / "model-f16.gguf", release)
     with pytest.raises(ContentsError, match=r"model-f16\.gguf: not a kind of file"):
         release_files(release)

@@ -176,6 +176,7 @@ def old_python() -> Path:
         cache_folder() / f"huggingface-hub-0.30.1-{hashlib.sha256(sys.version.encode()).hexdigest()[:12]}"
     )
     if not (folder / "env" / "bin" / "python").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent))
         subprocess.run([sys.executable, "-m", "venv", building / "env"], check=True)
         pip = [

@@ -102,6 +102,12 @@ def test_the_stored_login_is_not_sent_to_another_hub(tmp_path: Path, monkeypatch
     assert set(seen) == {None, "Bearer hf_meant"}
 
 
+def test_an_address_of_a_hub_that_holds_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ServingError, match=r"http://…@127\.0\.0\.1:9\)") as refused:
+        load_model("people/tiny", endpoint="http://me:topsecret@127.0.0.1:9")
+    assert "topsecret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_folder_that_is_not_there_is_not_looked_up_on_a_hub(name: str) -> None:
     with pytest.raises(ServingError, match="no such folder"):

@@ -15,7 +15,7 @@ import pytest
 from botocore.config import Config
 
 from training_ready.storage.client import client_for
-from training_ready.storage.errors import ObjectNotFound, StorageError
+from training_ready.storage.errors import ObjectNotFound, StorageError, UploadForgotten
 from training_ready.storage.fingerprint import Fingerprint, part_bytes
 from training_ready.storage.objects import ObjectInfo, ObjectStore
 from training_ready.storage.settings import StorageSettings
@@ -148,6 +148,52 @@ def test_an_etag_that_is_no_hash_proves_nothing(tmp_path: Path) -> None:
     assert not fingerprint.contradicts(encrypted)
     assert not fingerprint.proves(encrypted)
     assert fingerprint.contradicts(replace(encrypted, etag_is_hash=True))
+
+
+@pytest.mark.parametrize("forgotten", ["a part", "the upload"])
+def test_an_upload_that_the_server_forgot_is_begun_anew(
+    proxy: Any, proxied: ObjectStore, store: ObjectStore, tmp_path: Path, forgotten: str
+) -> None:
+    data, path = os.urandom(17_000_000), tmp_path / "file"
+    path.write_bytes(data)
+    direct, victims = client_for(store.settings), ["the upload"]
+
+    def abort(**_: Any) -> None:  # before the parts are joined
+        if victims:
+            victims.clear()
+            for one in direct.list_multipart_uploads(Bucket=store.bucket)["Uploads"]:
+                direct.abort_multipart_upload(Bucket=store.bucket, Key=one["Key"], UploadId=one["UploadId"])
+
+    if forgotten == "the upload":
+        joining = "before-call.s3.CompleteMultipartUpload"
+        client_for(proxied.settings).meta.events.register(joining, abort)
+    else:
+        proxy.lost_parts = 1
+    sent: list[int] = []
+    proxied.put_file("file", path, sent.append)
+    assert begun(proxy) == 2
+    assert sum(sent) == len(data)
+    assert min(sent) == -len(data)
+    assert store.get_bytes("file") == data
+    assert "Uploads" not in direct.list_multipart_uploads(Bucket=store.bucket)
+
+
+def test_a_server_that_forgets_every_upload_is_given_up(
+    proxy: Any, proxied: ObjectStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(17_000_000))
+    proxy.lost_parts = 99
+    sent: list[int] = []
+    with pytest.raises(UploadForgotten, match=r"no longer knows.*Upload the file again"):
+        proxied.put_file("file", path, sent.append)
+    assert begun(proxy) == 3
+    assert sum(sent) == 0
+    assert not proxied.exists("file")
+
+
+def begun(proxy: Any) -> int:
+    return sum(seen.method == "POST" and seen.path.endswith("?uploads") for seen in proxy.seen)
 
 
 @pytest.mark.parametrize("size", [0, 1, 10**9, 160 * 2**30, 5 * 2**40])

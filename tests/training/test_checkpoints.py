@@ -102,6 +102,16 @@ def test_what_a_person_says_is_checked(tmp_path: Path) -> None:
     assert checkpoint_to_resume(tmp_path / "other", "auto", None, ALONE) is None
 
 
+def test_weights_without_their_optimizer_are_not_trained_further(tmp_path: Path) -> None:
+    state = StreamState(position=8, step=4, global_batch=2, manifests={}, tokens="", order={})
+    folder = checkpoint(tmp_path, 4)
+    with pytest.raises(ResumeError, match=r"weights only.*step 4 of 12"):
+        state.refuse_weights_only(folder, 12)
+    state.refuse_weights_only(folder, 4)  # nothing is left to train: only to upload and to report
+    (folder / "rng_state_0.pth").touch()
+    state.refuse_weights_only(folder, 12)
+
+
 def test_going_back_behind_a_newer_checkpoint_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,9 +214,11 @@ def test_an_interrupted_download_goes_on(tmp_path: Path, bucket: BucketCheckpoin
 
 
 def test_only_the_newest_stay_in_the_bucket(tmp_path: Path, bucket: BucketCheckpoints) -> None:
+    turns = sys.getswitchinterval()
     bucket.store.put_bytes(bucket.key(2, "model.safetensors"), b"left by an interrupted upload")
     mirror_all(bucket, *(checkpoint(tmp_path, step) for step in (4, 8, 12)), keep=2)
     assert bucket.survey() == ([8, 12], [])
+    assert sys.getswitchinterval() == turns  # shortened only while an upload runs
 
 
 def test_the_files_of_a_checkpoint_need_no_torch() -> None:

@@ -223,6 +223,27 @@ def test_a_signal_to_the_launcher_is_enough(dense: Path, launch: Launch, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_that_keeps_weights_only_does_not_say_that_it_can_go_on(
+    dense: Path, launch: Launch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = (f"output_dir={run}", "save_only_model=true", "save_steps=100", "max_steps=200")
+    process = launch(dense, *options)
+    wait_for(process, lambda: len(losses(run)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    stopped = re.search(r"error: stopped at step (\d+) of 200 by a signal\. It cannot be continued", err)
+    assert stopped, err
+    process = launch(dense, "resume=auto", *options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert f"checkpoint-{stopped[1]} holds weights only" in err
+    assert f"step {stopped[1]} of 200 cannot be continued" in err
+    assert not (run / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_a_step_in_progress_is_given_up_and_done_again(
     dense: Path, launch: Launch, tmp_path: Path, uninterrupted: Callable[..., Path]
 ) -> None:
@@ -237,6 +258,24 @@ def test_a_step_in_progress_is_given_up_and_done_again(
     assert "stopped at step 1 of 3" in err
     finish(launch, dense, run, *options)
     assert same_weights(run / "checkpoint-3", whole / "checkpoint-3")
+
+
+@pytest.mark.slow
+def test_tokens_of_a_step_that_is_given_up_are_counted_once(
+    recipe: Path, launch: Launch, tmp_path: Path, uninterrupted: Callable[..., Path]
+) -> None:
+    """In the experts' load of a checkpoint that a signal inside the second step leaves."""
+    options = ("gradient_accumulation_steps=64", "max_steps=2", "save_steps=1", "moe.balance_coefficient=0")
+    whole, run = uninterrupted(recipe, launch, *options), tmp_path / "run"
+    process = launch(recipe, f"output_dir={run}", *options, "save_steps=100")
+    wait_for(process, lambda: len(losses(run)) == 1)
+    time.sleep(0.3)  # somewhere inside the second step
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert "stopped at step 1 of 2" in err
+    expected, found = (load_file(one / "checkpoint-1" / "expert_load.safetensors") for one in (whole, run))
+    assert int(expected["counted"].sum()) > 0
+    assert expected["counted"].tolist() == found["counted"].tolist()
 
 
 @pytest.mark.slow

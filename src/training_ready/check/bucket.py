@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from training_ready.check.context import CheckContext, Missing
 from training_ready.check.corpora import Corpus, trained_splits
-from training_ready.check.finding import Finding, failed, passed
+from training_ready.check.finding import Finding, counted, failed, passed
 from training_ready.storage.errors import StorageError
 from training_ready.storage.objects import ObjectStore
 from training_ready.storage.verify import verify_store
@@ -25,12 +25,13 @@ def probe_bucket(context: CheckContext) -> list[Finding]:
         return [*findings, failed(missing.reason, key=missing.key)]
     for name, corpus in corpora.items():
         faults = [*_shards(context, name, corpus), *_permissions(context, corpus)]
-        size = sum(shard.bytes for shard in corpus.manifest.shards)
+        shards = corpus.manifest.shards
+        size = sum(shard.bytes for shard in shards)
         findings += faults or [
             passed(
-                f"{corpus.manifest.uri}: {len(corpus.manifest.shards)} shards, {size:,} bytes, each readable; write, "
-                f"read, range and delete proven below {corpus.store.uri(corpus.tokens_prefix)}/tokens",
-                shards=len(corpus.manifest.shards),
+                f"{corpus.manifest.uri}: {counted(len(shards), 'shard')}, {size:,} bytes, each readable; "
+                f"write, read, range and delete proven below {corpus.store.uri(corpus.tokens_prefix)}/tokens",
+                shards=len(shards),
                 bytes=size,
             )
         ]

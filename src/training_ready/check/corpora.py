@@ -21,7 +21,7 @@ class Corpus:
 
     @property
     def tokens_prefix(self) -> str:
-        """Where its token shards lie: a key without a final slash."""
+        """Where its tokens lie: a key without a final slash."""
         return self.manifest.uri.removeprefix(self.store.uri("")).rpartition("/")[0]
 
     def shards(self, split: str) -> list[Shard]:

@@ -77,7 +77,11 @@ def _copies(context: CheckContext) -> tuple[int, str]:
         return (
             (1, "the number of saves is unknown") if saves is None else (saves, "save_total_limit is not set")
         )
-    why = [f"save_total_limit {limit}, the one being written included"]
+    why = [
+        "save_total_limit 1, and the one before it until it is written"
+        if limit == 1
+        else f"save_total_limit {limit}, the one being written included"
+    ]
     why += ["one on its way to the bucket"] * mirrored + ["the best one"] * best
     copies = most + best
     if saves is not None and saves < copies:

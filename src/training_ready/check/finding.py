@@ -52,6 +52,11 @@ def not_run(because: str, *, key: str | None = None) -> Finding:
     return Finding(status="not run", message=f"because {because}", key=key)
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """``1 pack``, ``1,200 packs``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def worst(findings: list[Finding]) -> Status:
     """The status of a probe: its worst finding. A probe that found nothing to say has not run."""
     return next((status for status in WORST_FIRST if any(f.status == status for f in findings)), "not run")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from training_ready.check.context import CheckContext
 from training_ready.check.finding import Finding, failed, not_run, passed, warned
 from training_ready.release.card import require_words
-from training_ready.release.connection import PUBLIC_HUB, hub_api, is_public_hub, token_for
+from training_ready.release.connection import PublishError, hub_api, hub_endpoint, is_public_hub, token_for
 from training_ready.release.facts import CardError
+from training_ready.release.publish_read_back import record_at, remote_files
+from training_ready.release.publish_replace import holds_another, identity
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,7 +31,10 @@ def probe_hub(context: CheckContext) -> list[Finding]:
             *findings,
             not_run("the hub needs the network, and this check is --offline", key="release.repo_id"),
         ]
-    endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/")
+    try:
+        endpoint = hub_endpoint()
+    except PublishError as error:
+        return [*findings, failed(str(error), key="release.repo_id", fix="correct HF_ENDPOINT")]
     return [*findings, *_answers(context, endpoint, token_for(endpoint), repo_id)]
 
 
@@ -142,12 +146,29 @@ def _name(context: CheckContext, api: HfApi, repo_id: str, known: str) -> Iterat
     if not files:
         yield passed(f"{known}; {repo_id} is there and empty", repo_id=repo_id)
     elif "training-ready" in _tags(api, there, repo_id, files):
+        yield from _another(context, api, repo_id, str(there.sha))
         yield passed(f"{known}; {repo_id} holds an earlier release, which the push replaces", repo_id=repo_id)
     else:
         yield failed(
             f"{repo_id} holds {len(files)} files that are no release of this package, and the push would replace them",
             key="release.repo_id",
             fix="another name",
+        )
+
+
+def _another(context: CheckContext, api: HfApi, repo_id: str, revision: str) -> Iterator[Finding]:
+    """What `release publish` will not replace unasked."""
+    recipe = context.recipe
+    files = remote_files(api, repo_id, revision)
+    found = record_at(api, repo_id, revision, files)
+    base = recipe.trl.get("model_name_or_path")
+    ours = identity(recipe.name, str(base) if base else None, recipe.data.target_role)
+    said = holds_another(found, len(files), ours)
+    if said is not None:
+        yield warned(
+            f"{repo_id} holds {said}",
+            key="release.repo_id",
+            fix="another name; `release publish --replace` if it shall go",
         )
 
 

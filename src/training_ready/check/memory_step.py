@@ -23,6 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 from training_ready import TrainingReadyError
 from training_ready.check.memory_kernels import attention_on_gpu
 from training_ready.moe.routing import route_in_float32
+from training_ready.moe.shared_base import train_shared_base
 from training_ready.recipe.sections import MoeSection
 from training_ready.training.expert_adapters import adapt_experts
 from training_ready.training.moe_losses import RouterLosses, plan_balance
@@ -82,11 +83,15 @@ OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter], bool], torch.optim.Optim
 def build_on_meta(spec: StepSpec) -> Any:
     """The model with its adapters, in shapes only."""
     attention = attention_on_gpu(spec.attention) if spec.device == "gpu" else spec.attention
+    shared = spec.moe.shared_base if spec.moe is not None else None
     with unset_fake_temporarily(), torch.device("meta"), no_init_weights():
         try:
             model = AutoModelForCausalLM.from_config(
                 deepcopy(spec.config), dtype=spec.dtype, attn_implementation=attention
             )
+            if shared is not None:
+                model = new_experts(model, shared)
+                keep_routers_in_float32(model)
             if spec.lora is not None:
                 model = get_peft_model(
                     model, deepcopy(spec.lora), autocast_adapter_dtype=spec.adapters_in_fp32
@@ -95,9 +100,8 @@ def build_on_meta(spec: StepSpec) -> Any:
             raise TraceError(f"{spec.config.model_type} cannot be built as asked: {error}") from error
         if spec.moe is not None and spec.moe.adapters is not None:
             adapt_experts(model, spec.moe.adapters)
-        if spec.moe is not None and spec.moe.shared_base is not None:
-            model = new_experts(model, spec.moe.shared_base)
-            keep_routers_in_float32(model)
+        if shared is not None:
+            train_shared_base(model)
     return model
 
 

@@ -97,7 +97,8 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
     """The model as it would be trained: with its adapters, everything else frozen, when ``use_peft`` is set.
 
     Raises:
-        MetaModelError: peft refuses, for example because no module matches.
+        ModelError: ``lora_target_modules`` matches no module.
+        MetaModelError: peft refuses the adapters.
         MoEError: the experts cannot be adapted, or not be built over this base.
     """
     trained: PreTrainedModel | PeftModel = model
@@ -107,9 +108,13 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
         from training_ready.training.shared_experts import new_experts
 
         with torch.device("meta"):
-            return new_experts(model, recipe.moe.shared_base)
+            trained = model = new_experts(model, recipe.moe.shared_base)
     if recipe.effective("use_peft"):
         trained = _with_lora(recipe, model)
+    if recipe.moe.shared_base is not None:
+        from training_ready.moe.shared_base import train_shared_base
+
+        train_shared_base(trained)  # PEFT has frozen all but its own
     if recipe.moe.adapters is not None:
         import torch
 
@@ -123,9 +128,11 @@ def adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMod
 def _with_lora(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     import torch
     from peft import get_peft_model
-    from trl import ModelConfig, get_peft_config
+    from trl import ModelConfig
 
-    config = get_peft_config(ModelConfig(**recipe.trl_group("ModelConfig")))
+    from training_ready.training.lora import lora_config
+
+    config = lora_config(ModelConfig(**recipe.trl_group("ModelConfig")), model)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter(

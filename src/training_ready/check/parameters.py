@@ -37,15 +37,32 @@ def probe_parameters(context: CheckContext) -> list[Finding]:
         findings += [*_unmatched(context, model), *_experts_missed(context, report, family)]
         findings += _router_adapted(context, report, family)
     findings += _rank(context)
-    return [*findings, _counts(report)]
+    return [*findings, _counts(report, _unlearned(context))]
 
 
-def _counts(report: ParameterReport) -> Finding:
+def _unlearned(context: CheckContext) -> str:
+    """What the count lacks while the tokenizer of a model from scratch knows fewer tokens than it may learn."""
+    wanted = context.recipe.model.tokenizer
+    rows = int(context.model_config.get_text_config().vocab_size)
+    if wanted is None or rows >= wanted.vocab_size:
+        return ""
+    ends = (context.base_model.get_input_embeddings(), context.base_model.get_output_embeddings())
+    widths = {
+        id(part.weight): part.weight.shape[1] for part in ends if part is not None
+    }  # once where they are tied
+    more = (wanted.vocab_size - rows) * sum(widths.values())
+    return (
+        f"; this is with {rows:,} tokens, and the corpus may teach the tokenizer {wanted.vocab_size:,}: up to {more:,} "
+        "parameters more"
+    )
+
+
+def _counts(report: ParameterReport, unlearned: str) -> Finding:
     groups = ", ".join(f"{g.name} {g.trainable:,} of {g.total:,}" for g in report.groups)
     share = report.trainable / report.total if report.total else 0
     text = (
         f"{report.trainable:,} of {report.total:,} parameters train ({share:.2%}), {report.active:,} are used per "
-        f"token: {groups}"
+        f"token: {groups}{unlearned}"
     )
     measured = {g.name: {"total": g.total, "trainable": g.trainable} for g in report.groups}
     return passed(text, total=report.total, trainable=report.trainable, active=report.active, groups=measured)

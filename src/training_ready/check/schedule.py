@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from training_ready.check.context import CheckContext, Missing
-from training_ready.check.finding import Finding, failed, not_run, passed, warned
+from training_ready.check.finding import Finding, counted, failed, not_run, passed, warned
 from training_ready.check.steps import RunLength
 
 _EVENTS = (
@@ -35,7 +35,8 @@ def probe_schedule(context: CheckContext) -> list[Finding]:
 
 def _measured(length: RunLength) -> Finding:
     return passed(
-        f"{length.about}{length.steps:,} steps of {length.packs_per_step} packs: {length.epochs:.2f} passes over "
+        f"{length.about}{counted(length.steps, 'step')} of {counted(length.packs_per_step, 'pack')}: "
+        f"{length.epochs:.2f} passes over "
         f"{length.about}{length.packs_per_epoch:,} packs with {length.tokens_per_epoch:,} tokens",
         steps=length.steps,
         epochs=length.epochs,
@@ -117,8 +118,8 @@ def _too_often(context: CheckContext, length: RunLength) -> Iterator[Finding]:
         if share > 1:
             yield failed(
                 f"an evaluation ({length.about}{length.evaluation_packs} packs forward) costs {share:.1f} times "
-                f"the {every} training steps between two of them ({every * length.packs_per_step} packs, forward and "
-                "backward)",
+                f"the {counted(every, 'training step')} between two of them "
+                f"({counted(every * length.packs_per_step, 'pack')}, forward and backward)",
                 key="eval_steps",
                 fix=f"eval_steps: {_rounded(every * share * 10)}",
             )
@@ -127,7 +128,7 @@ def _too_often(context: CheckContext, length: RunLength) -> Iterator[Finding]:
         saves = length.steps // every
         if saves > _MANY_SAVES and every < 10:
             yield failed(
-                f"{saves} checkpoints, one every {every} steps",
+                f"{saves} checkpoints, one every {counted(every, 'step')}",
                 key="save_steps",
                 fix=f"save_steps: {_rounded(length.steps / 10)}",
             )
@@ -136,8 +137,8 @@ def _too_often(context: CheckContext, length: RunLength) -> Iterator[Finding]:
 def _too_large(context: CheckContext, length: RunLength) -> Iterator[Finding]:
     if length.packs_per_step > length.packs_per_epoch:
         yield failed(
-            f"a step takes {length.packs_per_step} packs, and the corpus has {length.about}{length.packs_per_epoch}: "
-            "rows would be repeated within a step",
+            f"a step takes {counted(length.packs_per_step, 'pack')}, and the corpus has "
+            f"{length.about}{length.packs_per_epoch}: rows would be repeated within a step",
             key=context.first_set("gradient_accumulation_steps", "per_device_train_batch_size"),
             fix="fewer processes, micro-batches or packs, or a larger corpus",
         )

@@ -39,5 +39,7 @@ def probe_serving(context: CheckContext) -> list[Finding]:
 def _adapter(context: CheckContext, key: str | None) -> Iterator[Finding]:
     recipe = context.recipe
     adapted = bool(recipe.effective("use_peft")) or recipe.moe.adapters is not None
-    if recipe.release.target == "adapter" and not adapted:
+    if recipe.release.target == "adapter" and recipe.moe.shared_base is not None:
+        yield failed("experts over a shared base leave as a whole mixture", key=key, fix="release.target: hf")
+    elif recipe.release.target == "adapter" and not adapted:
         yield failed("nothing is adapted, so there is no adapter to serve", key=key, fix="release.target: hf")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from training_ready.check.context import CheckContext, Missing
@@ -32,6 +34,7 @@ def probe_template(context: CheckContext) -> list[Finding]:
     findings = [
         *_padding(context, key),
         *_embedding(context),
+        *_reading(context),
         *_prompt(context, messages, key),
         *_engine(context, messages, key),
     ]
@@ -63,6 +66,8 @@ def _shown(context: CheckContext) -> tuple[Sequence[Mapping[str, str]], str]:
     try:
         records = context.sample.records
     except Missing:
+        records = []
+    if not records:
         return EXAMPLE, "an example (no record could be read)"
     role = context.recipe.data.target_role
     fitting = [row for row in records if row["target_role"] == role] or records
@@ -125,6 +130,24 @@ def _embedding(context: CheckContext) -> Iterator[Finding]:
             key=context.first_set("model_name_or_path", "model.config"),
             fix="use the tokenizer that belongs to the model",
         )
+
+
+def _reading(context: CheckContext) -> Iterator[Finding]:
+    """A tokenizer that nobody would load beside this model's configuration as it was trained with: no release."""
+    from transformers import AutoTokenizer
+
+    from training_ready.release.export import misreading
+
+    try:
+        config = context.model_config
+    except Missing:
+        return  # said already, of the embedding
+    with TemporaryDirectory() as place:  # what a checkpoint will hold of the two
+        config.save_pretrained(place)
+        context.tokenizer.save_pretrained(place)
+        fault = misreading(Path(place), AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+    if fault is not None:
+        yield failed(fault, key=context.first_set("model.config.model_type", "model_name_or_path"))
 
 
 def _prompt(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from training_ready.check.checkpointing import checkpointing_on, checkpointing_options
 from training_ready.check.context import CheckContext, Missing
-from training_ready.check.finding import Finding, failed, not_run, passed, warned
+from training_ready.check.finding import Finding, counted, failed, not_run, passed, warned
 from training_ready.check.topology_model import MODEL_RULES
 from training_ready.check.topology_native import is_divided_while_loading, native_parallelism
 
@@ -35,8 +35,8 @@ def _measured(context: CheckContext) -> Finding:
     length = recipe.effective("max_length")
     tokens = "" if length is None else f", at most {packs * length:,} tokens"
     return passed(
-        f"{t.name}: {t.processes} processes ({t.sharding}) x {micro} packs x {steps} micro-batches = {packs} packs per "
-        f"step{tokens}",
+        f"{t.name}: {counted(t.processes, 'process', 'processes')} ({t.sharding}) x {counted(micro, 'pack')} x "
+        f"{counted(steps, 'micro-batch', 'micro-batches')} = {counted(packs, 'pack')} per step{tokens}",
         processes=t.processes,
         sharding=t.sharding,
         packs_per_step=packs,

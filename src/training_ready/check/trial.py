@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training_ready import TrainingReadyError
-from training_ready.check.processes import topology_of
+from training_ready.check.processes import Topology, topology_of
 from training_ready.recipe.load import load_recipe
 
 
@@ -28,10 +29,6 @@ def run_trial(path: Path, overrides: Sequence[str], steps: int) -> Path:
     recipe = load_recipe(path, overrides)
     topology = topology_of(recipe)
     folder = recipe.output_dir.with_name(f"{recipe.output_dir.name}-trial-{steps}")
-    launcher = [sys.executable, "-m"]
-    if topology.path is not None and topology.processes > 1:
-        launcher += ["accelerate.commands.launch", "--config_file", str(topology.path)]
-        launcher += ["--num_processes", str(topology.processes), "--module"]
     trial = {
         "output_dir": folder,
         "max_steps": steps,
@@ -46,13 +43,27 @@ def run_trial(path: Path, overrides: Sequence[str], steps: int) -> Path:
         "checkpoint.mirror": False,
         "resume_from_checkpoint": "auto",
     }
-    command = [*launcher, __spec__.name, str(path), *overrides]
+    command = [*_launcher(topology), __spec__.name, str(path), *overrides]
     command += [f"{key}={value}" for key, value in trial.items()]
-    if subprocess.run(command, stdout=sys.stderr).returncode:  # stdout is the report's
+    variables = {**os.environ, **({"ACCELERATE_USE_CPU": "1"} if topology.use_cpu else {})}
+    if subprocess.run(command, stdout=sys.stderr, env=variables).returncode:  # stdout is the report's
         raise TrialError(f"the trial of {steps} steps failed; what it said stands above")
     for checkpoint in folder.glob("checkpoint-*"):  # times are all that it was for
         shutil.rmtree(checkpoint)
     return folder
+
+
+def _launcher(topology: Topology) -> list[str]:
+    """What starts a module in every process of the topology. On a CPU accelerate starts one, torchrun all."""
+    count = str(topology.processes)
+    if topology.processes == 1:
+        words = []
+    elif topology.path is None or topology.use_cpu:
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", count, "--module"]
+    else:
+        words = ["accelerate.commands.launch", "--config_file", str(topology.path)]
+        words += ["--num_processes", count, "--module"]
+    return [sys.executable, "-m", *words]
 
 
 if __name__ == "__main__":  # the process that trains: nothing is checked in it, the report comes afterwards

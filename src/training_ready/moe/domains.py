@@ -8,7 +8,7 @@ statistic: for 4 domains, 128 experts and 10,000 pairs by 0.019.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,15 @@ class DomainLoadMonitor:
             )
         for index, (routed, row) in enumerate(zip(self._layers, counts, strict=True)):
             self._counts[index] = row.reshape(-1).to(next(routed.router.parameters()).device, copy=True)
+
+    def mark(self) -> Callable[[], None]:
+        """Remember what this rank has counted; the function that is returned goes back to it."""
+        kept = {index: counts.clone() for index, counts in self._counts.items()}
+
+        def back() -> None:
+            self._counts = kept
+
+        return back
 
     def close(self) -> None:
         """Take the hooks off; what was counted stays readable."""

@@ -8,7 +8,7 @@ checkpointing recomputes during the backward pass is skipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -164,6 +164,18 @@ class ExpertLoadMonitor:
         for index, (routed, row) in enumerate(zip(self._layers, state, strict=True)):
             device = next(routed.router.parameters()).device
             self._tallies[phase, index] = _Tally(experts=row[:-2].to(device), tokens=row[-2:].to(device))
+
+    def mark(self) -> Callable[[], None]:
+        """Remember what this rank has counted; the function that is returned goes back to it."""
+        kept = {
+            key: _Tally(experts=tally.experts.clone(), tokens=tally.tokens.clone())
+            for key, tally in self._tallies.items()
+        }
+
+        def back() -> None:
+            self._tallies = kept
+
+        return back
 
     def reset(self, phase: Phase | None = None) -> None:
         """Start again from zero, in one phase or in both."""

@@ -12,6 +12,7 @@ whatever watches or balances routers works as on the exported model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,11 @@ from transformers import AutoModelForCausalLM
 from training_ready.moe.experts_lora import SplitLora
 from training_ready.moe.families import MoEError, RoutedLayer, routed_layers
 from training_ready.moe.upcycle_target import PROJECTIONS, target_config
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""What LoRA of PEFT may adapt beside the experts: every linear layer that is none of theirs, the output head aside."""
+_LORA = re.compile(r"(?:^|\.)(model\.layers\.\d+\.self_attn\.[qkvo]_proj)\.lora_[AB]\.[^.]+\.weight$")
+_OURS = re.compile(r"\.mlp\.(?:gate\.weight|experts\.adapters\.\w+\.[AB])$")
 
 
 class SharedExperts(nn.Module):
@@ -101,7 +107,7 @@ def build_shared_base(
 
     Everything is frozen but the adapters (of type ``dtype``) and the routers (of the model's type). The
     routers start random; see :func:`set_router_rows`. Computes exactly as the dense model until trained.
-    PEFT may add adapters to the attention *afterwards*; it freezes all it does not know, so call
+    PEFT may add LoRA to the attention *afterwards*; it freezes all it does not know, so call
     :func:`train_shared_base` once more after it.
 
     Raises :class:`MoEError` for a dense model that the target does not hold.
@@ -139,14 +145,38 @@ def train_shared_base(model: nn.Module) -> None:
     """Gradients to the expert adapters and the routers; the shared weights frozen, all else left as it is.
 
     Of a fresh model everything else is frozen too; what PEFT added meanwhile stays trainable.
+
+    Raises :class:`MoEError` when that is more than plain LoRA on the attention's projections: adapters on the shared
+    feed-forward would move every expert's base, and nothing else is merged into what is exported.
     """
     fresh = not any("lora_" in name for name, _ in model.named_parameters())
     if fresh:
         model.requires_grad_(False)
+    strange = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not _OURS.search(name) and lora_layer(name) is None
+    ]
+    if strange:
+        raise MoEError(
+            f"{strange[0]} would train ({len(strange)} such): beside a shared base that is plain LoRA on the attention "
+            f"only. Name {', '.join(ATTENTION)} in lora_target_modules, or some of them, and nothing else."
+        )
     for routed in routed_layers(model):
         shared_experts(routed).shared.requires_grad_(False)
         shared_experts(routed).adapters.requires_grad_(True)
         routed.router.requires_grad_(True)
+
+
+def lora_layer(parameter: str) -> str | None:
+    """The attention's projection, as ``model.layers.0.self_attn.q_proj``, that a factor of PEFT's LoRA belongs to."""
+    match = _LORA.search(parameter)
+    return match[1] if match else None
+
+
+def lora_layers(model: nn.Module) -> list[str]:
+    """The attention's projections that carry LoRA of PEFT."""
+    return sorted({layer for name, _ in model.named_parameters() if (layer := lora_layer(name))})
 
 
 def shared_experts(routed: RoutedLayer) -> SharedExperts:

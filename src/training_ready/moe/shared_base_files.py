@@ -18,9 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training_ready.moe.adapter_files import CONFIG
 from training_ready.moe.dense_identity import BaseIdentity
 from training_ready.moe.families import MoEError, RoutedLayer, model_config, moe_family, routed_layers
-from training_ready.moe.shared_base import build_shared_base, set_router_rows, shared_base_adapters
+from training_ready.moe.peft_lora import LowRank, read_lora
+from training_ready.moe.shared_base import (
+    build_shared_base,
+    lora_layers,
+    set_router_rows,
+    shared_base_adapters,
+)
 from training_ready.moe.upcycle_experts import LowRankExperts, moe_tensors
 from training_ready.moe.upcycle_shards import GIGABYTE, write_checkpoint
 from training_ready.moe.upcycle_target import TARGETS, expected_names
@@ -46,6 +53,8 @@ class SharedBaseSettings:
     base_dtype: str | None = None
     base_sha256: str | None = None
     """What ``base`` was in a training run (``dense_identity``); None where nothing was trained over it yet."""
+    lora: list[str] = field(default_factory=list)
+    """The attention's projections that were adapted too; PEFT saves what they learned, into the same folder."""
 
 
 def save_shared_base(
@@ -55,7 +64,10 @@ def save_shared_base(
     experts: Sequence[str] | None = None,
     base: BaseIdentity | None = None,
 ) -> None:
-    """Write adapters and routers into ``folder``, each file whole or not at all. ``experts``: their names."""
+    """Write adapters and routers into ``folder``, each file whole or not at all. ``experts``: their names.
+
+    LoRA on the attention is PEFT's to save there (``save_pretrained``); that it exists is written down here.
+    """
     tensors = {
         f"layers.{layer}.{name}.{factor}": getattr(adapter, factor)
         for layer, name, adapter in shared_base_adapters(model)
@@ -77,6 +89,7 @@ def save_shared_base(
         base_revision=base.revision if base else None,
         base_dtype=base.dtype if base else None,
         base_sha256=base.sha256 if base else None,
+        lora=lora_layers(model),
     )
     write_shared_base(settings, tensors, folder)
 
@@ -99,6 +112,21 @@ def read_shared_base(folder: Path) -> tuple[SharedBaseSettings, dict[str, Tensor
         raise MoEError(f"{folder}: no readable {SETTINGS} and {WEIGHTS} ({error}).") from error
 
 
+def read_shared_lora(folder: Path, settings: SharedBaseSettings) -> dict[str, LowRank]:
+    """What LoRA of PEFT adds to the attention, by its projections; empty where none was trained.
+
+    Raises :class:`MoEError` when the adapter in ``folder`` is not the one that ``settings`` speak of.
+    """
+    if not settings.lora and not (folder / CONFIG).is_file():
+        return {}
+    found = read_lora(folder)
+    for name in sorted(set(found) ^ set(settings.lora)):
+        where = ("in its files", f"in {SETTINGS}")
+        has, lacks = where if name in found else where[::-1]
+        raise MoEError(f"{folder}: LoRA on {name} is {has} and not {lacks}; they are not of the same run.")
+    return found
+
+
 def load_shared_base(
     dense: Any, folder: Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Any:
@@ -111,6 +139,11 @@ def load_shared_base(
         raise MoEError(
             f"{folder}: {', '.join(settings.materialised)} were branched as whole checkpoints and have no adapters; "
             "train the exported mixture instead."
+        )
+    if settings.lora:
+        raise MoEError(
+            f"{folder}: {len(settings.lora)} projections of the attention were adapted as well, which experts over the "
+            "base alone would lose. Continue that run (resume_from_checkpoint), or train what it exports."
         )
     model = build_shared_base(
         dense,

@@ -7,7 +7,6 @@ A branch that moved anything else would make the mixture compute what nobody tra
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,18 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from training_ready.moe.adapter_files import CONFIG, WEIGHTS
 from training_ready.moe.families import MoEError
+from training_ready.moe.peft_lora import LowRank, read_lora
 from training_ready.moe.upcycle_shards import ShardedTensors
 from training_ready.moe.upcycle_target import PROJECTIONS, carried, check_names, dense_projection
 
 ANCHOR = "anchor"
-_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.lora_([AB])\.weight"
-)
-_REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +38,14 @@ class Branch:
     def kind(self) -> Literal["anchor", "adapter", "checkpoint"]:
         if self.source is None:
             return "anchor"
-        return "adapter" if (self.source / "adapter_config.json").is_file() else "checkpoint"
+        return "adapter" if (self.source / CONFIG).is_file() else "checkpoint"
 
     def files(self) -> list[Path]:
         """What this branch is made of. Raises :class:`MoEError` when nothing is there."""
         if self.source is None:
             return []
         if self.kind == "adapter":
-            return [self.source / "adapter_config.json", self.source / "adapter_model.safetensors"]
+            return [self.source / CONFIG, self.source / WEIGHTS]
         tensors = ShardedTensors(self.source)
         return tensors.files
 
@@ -62,35 +58,21 @@ def parse_branch(text: str) -> Branch:
     return Branch(domain=domain, source=None if source == ANCHOR else Path(source))
 
 
-def read_adapter(folder: Path, layers: int) -> tuple[dict[str, Tensor], float, int]:
-    """Tensors ``layers.N.PROJECTION.{A,B}`` of a PEFT adapter, its scaling, its rank.
+def read_adapter(folder: Path, layers: int) -> dict[str, LowRank]:
+    """What an adapter adds to ``layers.N.PROJECTION``; projections that it does not adapt are left out.
 
-    A (r, in), B (out, r). Projections that it does not adapt are left out. Raises :class:`MoEError` for an
-    adapter of anything but the feed-forward, or of another kind than plain LoRA.
+    Raises :class:`MoEError` for an adapter of anything but the feed-forward, or of another kind than plain LoRA.
     """
-    path = folder / "adapter_config.json"
-    tensors: dict[str, Tensor] = {}
-    try:
-        config = json.loads(path.read_bytes())
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                match = _KEY.fullmatch(key)
-                if match is None or int(match[1]) >= layers:
-                    raise MoEError(
-                        f"{folder}: {key} is not on a feed-forward projection of the anchor's {layers} layers. "
-                        "All else stays frozen in a branch (target_modules: [gate_proj, up_proj, down_proj])."
-                    )
-                tensors[f"layers.{match[1]}.{match[2]}.{match[3]}"] = file.get_tensor(key)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MoEError(f"{folder}: not a readable PEFT adapter ({error}).") from error
-    refused = [key for key in _REFUSED if config.get(key)]
-    if refused or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise MoEError(
-            f"{path}: only a plain LoRA can become an expert, not {', '.join(refused) or 'this one'}."
-        )
-    rank = int(config["r"])
-    alpha = float(config["lora_alpha"])
-    return tensors, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
+    found: dict[str, LowRank] = {}
+    for name, pair in read_lora(folder).items():
+        projection = dense_projection(f"{name}.weight")
+        if projection is None or projection[0] >= layers:
+            raise MoEError(
+                f"{folder}: {name} is not a feed-forward projection of the anchor's {layers} layers. All else stays "
+                "frozen in a branch (target_modules: [gate_proj, up_proj, down_proj])."
+            )
+        found[f"layers.{projection[0]}.{projection[1]}"] = pair
+    return found
 
 
 def check_branch_checkpoint(source: Path, anchor: ShardedTensors, config: Any) -> int:
@@ -134,12 +116,10 @@ def stack_branches(
     (out, in).
     """
     read = [
-        read_adapter(branch.source, layers)
-        if branch.source is not None and branch.kind == "adapter"
-        else ({}, 1.0, 0)
+        read_adapter(branch.source, layers) if branch.source is not None and branch.kind == "adapter" else {}
         for branch in branches
     ]
-    rank = max([rank, *(each[2] for each in read)])
+    rank = max([rank, *(len(pair.a) for each in read for pair in each.values())])
     generator = torch.Generator().manual_seed(seed)
     stacked: dict[str, Tensor] = {}
     for layer in range(layers):
@@ -148,16 +128,18 @@ def stack_branches(
             a = torch.empty(len(branches), rank, in_features)
             a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
             b = torch.zeros(len(branches), out_features, rank)
-            for expert, (tensors, scaling, own) in enumerate(read):
-                key = f"layers.{layer}.{projection}"
-                if f"{key}.A" not in tensors:
+            key = f"layers.{layer}.{projection}"
+            for expert, adapted in enumerate(read):
+                if key not in adapted:
                     continue
-                if tensors[f"{key}.A"].shape != (own, in_features):
+                pair = adapted[key]
+                own = len(pair.a)
+                if (len(pair.b), pair.a.shape[1]) != (out_features, in_features):
                     raise MoEError(
-                        f"{branches[expert].source}: {key}.A is {tuple(tensors[f'{key}.A'].shape)}, the anchor needs "
-                        f"{(own, in_features)}."
+                        f"{branches[expert].source}: {key} is {(len(pair.b), pair.a.shape[1])}, the anchor's "
+                        f"{(out_features, in_features)}."
                     )
-                a[expert, :own] = tensors[f"{key}.A"].float()
-                b[expert, :, :own] = scaling * tensors[f"{key}.B"].float()
+                a[expert, :own] = pair.a.float()
+                b[expert, :, :own] = pair.scaling * pair.b.float()
             stacked[f"{key}.A"], stacked[f"{key}.B"] = a, b
     return stacked, rank

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training_ready.moe.peft_lora import LowRank
 from training_ready.moe.upcycle_shards import OutgoingTensor, ShardedTensors
 from training_ready.moe.upcycle_target import Target, carried, dense_projection
 
@@ -85,12 +86,15 @@ def moe_tensors(
     target: Target,
     experts: ExpertWeights,
     routers: Iterable[Tensor],
+    lora: Mapping[str, LowRank] | None = None,
 ) -> Iterator[OutgoingTensor]:
     """The target's checkpoint, tensor by tensor.
 
     ``names`` and ``get``: the dense model, in the order in which it is read best. ``routers``: (E, H) of each
-    layer; they leave first and take the dtype of the embeddings.
+    layer; they leave first and take the dtype of the embeddings. ``lora``: what is added to a weight that all experts
+    share, by its layer.
     """
+    adapted = {f"{layer}.weight": pair for layer, pair in (lora or {}).items()}
     dtype = get("model.embed_tokens.weight").dtype
     for layer, rows in enumerate(routers):
         yield OutgoingTensor(target.router(layer), rows.shape, dtype, partial(torch.Tensor.copy_, other=rows))
@@ -107,5 +111,12 @@ def moe_tensors(
             del base, put  # let go before the next is read
         elif carried(name, config):
             tensor = get(name)
-            yield OutgoingTensor(name, tensor.shape, tensor.dtype, partial(torch.Tensor.copy_, other=tensor))
+            yield OutgoingTensor(name, tensor.shape, tensor.dtype, _shared(tensor, adapted.get(name)))
             del tensor
+
+
+def _shared(weight: Tensor, pair: LowRank | None) -> Callable[[Tensor], object]:
+    """Writes a weight that all experts share."""
+    if pair is None:
+        return partial(torch.Tensor.copy_, other=weight)
+    return partial(put_low_rank, base=weight, a=pair.a, b=pair.b, scaling=pair.scaling)

@@ -13,7 +13,13 @@ from transformers import AutoConfig
 
 from training_ready.moe.dense_identity import fingerprint
 from training_ready.moe.families import MoEError
-from training_ready.moe.shared_base_files import WEIGHTS, SharedBaseSettings, read_shared_base
+from training_ready.moe.peft_lora import LowRank
+from training_ready.moe.shared_base_files import (
+    WEIGHTS,
+    SharedBaseSettings,
+    read_shared_base,
+    read_shared_lora,
+)
 from training_ready.moe.upcycle_experts import BranchExperts, LowRankExperts, moe_tensors
 from training_ready.moe.upcycle_shards import GIGABYTE, ShardedTensors, write_checkpoint
 from training_ready.moe.upcycle_target import (
@@ -45,6 +51,8 @@ def export_upcycled(
     copied: Sequence[str] = COPIED,
 ) -> int:
     """Write the plain checkpoint of adapters and routers in ``state`` over a dense ``base``, shard by shard.
+
+    LoRA on the attention is summed in like the experts' differences: in fp32, rounded once.
 
     ``state``: the mix stage, or what joint training saved. ``copied``: patterns of the base's files that go
     along. Returns the bytes of the weights. The dense model is never in memory.
@@ -85,6 +93,7 @@ def export_upcycled(
             target=target_of(config),
             experts=BranchExperts(low_rank=low_rank, checkpoints=checkpoints or {}),
             routers=(tensors[f"layers.{layer}.router"] for layer in range(config.num_hidden_layers)),
+            lora=_lora(state, settings, source),
         ),
         folder,
         shard_bytes=shard_bytes,
@@ -110,6 +119,16 @@ def _as_trained(
             f"{source.folder} have {found[:12]}: another base would make a model that nobody trained."
         )
     return lambda name: source.get(name).to(dtype)
+
+
+def _lora(state: Path, settings: SharedBaseSettings, source: ShardedTensors) -> dict[str, LowRank]:
+    """What is added to the attention, each pair of the shape of its weight."""
+    found = read_shared_lora(state, settings)
+    for name, pair in found.items():
+        shape, needed = (len(pair.b), pair.a.shape[1]), tuple(source.get(f"{name}.weight").shape)
+        if shape != needed:
+            raise MoEError(f"{state}: LoRA on {name} is {shape}, the base needs {needed}.")
+    return found
 
 
 def _check_state(tensors: dict[str, Tensor], config: Any, settings: SharedBaseSettings, state: Path) -> None:

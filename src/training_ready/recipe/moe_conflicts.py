@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from training_ready.recipe.effective import Settings
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 
 def balance(s: Settings) -> Iterator[tuple[str, str]]:
     if s.get("moe.balance_coefficient") is not None and s.is_set("router_aux_loss_coef"):
@@ -79,13 +81,37 @@ def shared_base(s: Settings) -> Iterator[tuple[str, str]]:
             "moe.experts_4bit",
             "quantizes experts that exist; those of `moe.shared_base` share the dense weights",
         ),
-        ("use_peft", "puts adapters into the shared layers, which the release does not merge yet"),
         ("load_in_4bit", "quantizes the base, and the released experts are exact sums over its weights"),
         ("load_in_8bit", "quantizes the base, and the released experts are exact sums over its weights"),
     ):
         if s.get(key):
             yield key, f"{why}; leave it out"
     yield from _whole(s, "moe.shared_base", "is built over a dense model that lies whole in each process")
+    yield from _only_attention(s)
+
+
+def _only_attention(s: Settings) -> Iterator[tuple[str, str]]:
+    """What LoRA beside a shared base cannot be."""
+    if not s.get("use_peft"):
+        return
+    targets = s.get("lora_target_modules") or ["PEFT's choice"]
+    others = [target for target in targets if target.split(".")[-1] not in _ATTENTION]
+    if others:
+        yield (
+            "lora_target_modules",
+            f"{', '.join(others)}: beside `moe.shared_base` only the attention can be adapted, the feed-forward is the "
+            f"base of all experts and they are its adapters; name {', '.join(_ATTENTION)} or some of them",
+        )
+    for key, why in (
+        (
+            "lora_target_parameters",
+            "adapts fused experts, and those of `moe.shared_base` are adapters already",
+        ),
+        ("lora_modules_to_save", "trains layers as a whole, and the release takes them from the base"),
+        ("use_dora", "is no sum over the base's weights, and the release is"),
+    ):
+        if s.get(key):
+            yield key, f"{why}; leave it out"
 
 
 def experts_4bit(s: Settings) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training_ready.release.card import ReleaseWords, require_words, write_card
+from training_ready.release.card import ReleaseWords, make_record, require_words, write_card
 from training_ready.release.contents import ReleaseFile, release_files
-from training_ready.release.export import end_of_turn_ids, load_checkpoint, write_release
+from training_ready.release.export import end_of_turn_ids, load_checkpoint, read_tokenizer, write_release
 from training_ready.release.facts import CardError, RunFacts, load_facts
+from training_ready.release.record import ReleaseRecord
 from training_ready.release.shared_base import is_shared_base, write_shared_base_release
 
 
@@ -32,6 +33,27 @@ def build_release(
         write_release(model, tokenizer, folder, end_of_turn_ids=ends)
     write_card(facts, words, run_folder, folder, title=title or facts.run)
     return release_files(folder)
+
+
+def adapter_record(checkpoint: Path, words: ReleaseWords) -> ReleaseRecord:
+    """What the card of the adapter in `checkpoint` is written from: the facts of the run whose folder it lies in.
+
+    Raises CardError when the run did not finish, ended with another checkpoint, or its words are missing; ExportError
+    when the tokenizer beside the adapter is not what the run trained with.
+    """
+    require_words(words)
+    facts = load_facts(checkpoint.parent)
+    described = find_checkpoint(facts, checkpoint.parent)
+    if described.resolve() != checkpoint.resolve():
+        raise CardError(
+            f"the facts of {checkpoint.parent} are about {described.name}, not about {checkpoint.name}"
+        )
+    if facts.model.base_model is None:
+        raise CardError(f"model.base_model: {checkpoint} holds an adapter, and the run names no base model")
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise CardError(f"{checkpoint} holds no tokenizer.json, and the card quotes the chat template")
+    ends = end_of_turn_ids(read_tokenizer(checkpoint), facts.data.target_role)
+    return make_record(facts, words, checkpoint, title=facts.run, ends=ends)
 
 
 def find_checkpoint(facts: RunFacts, run_folder: Path) -> Path:

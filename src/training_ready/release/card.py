@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from training_ready.release.card_adapter import Adapter, read_adapter
 from training_ready.release.contents import EXPORT, ReleaseFile, hash_file, target_of
 from training_ready.release.evaluations import write_evaluations
 from training_ready.release.facts import CardError, RunFacts
 from training_ready.release.record import ReleaseRecord, Words, write_record
-from training_ready.release.served_by import Row, check_verified, read_reports, served_by
+from training_ready.release.served_by import ENGINES, Row, check_verified, read_reports, served_by
 from training_ready.storage.durable import write_durably
 
 CARD = "README.md"
@@ -59,27 +60,42 @@ def write_card(
 
     Raises CardError when a picture, the chat template or a required text is missing; README.md is then not written.
     """
-    require_words(words)
-    for picture in facts.pictures:
-        source = run_folder / picture
-        if Path(picture).name != picture or not source.is_file():
-            raise CardError(f"pictures: {picture!r} is not a file in {run_folder}")
-        shutil.copyfile(source, release_folder / picture)
     generation = json.loads((release_folder / "generation_config.json").read_bytes())
-    tokenizer = json.loads((release_folder / "tokenizer.json").read_bytes())
+    record = make_record(facts, words, release_folder, title=title, ends=generation["eos_token_id"])
+    return lay_card(record, run_folder, release_folder)
+
+
+def make_record(
+    facts: RunFacts, words: ReleaseWords, tokenizer_folder: Path, *, title: str, ends: Sequence[int]
+) -> ReleaseRecord:
+    """What a card is written from; `ends` are the token ids that end an answer. Raises CardError for a missing text."""
+    require_words(words)
+    tokenizer = json.loads((tokenizer_folder / "tokenizer.json").read_bytes())
     names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
-    record = ReleaseRecord(
+    return ReleaseRecord(
         title=title,
         facts=facts,
         words=Words.model_validate(words),
-        chat_template=(release_folder / "chat_template.jinja").read_text(encoding="utf-8"),
-        end_of_turn={token: names.get(token, "") for token in generation["eos_token_id"]},
-        special_tokens=_special_tokens(release_folder),
+        chat_template=(tokenizer_folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        end_of_turn={token: names.get(token, "") for token in ends},
+        special_tokens=_special_tokens(tokenizer_folder),
     )
-    write_record(release_folder, record)
-    write_evaluations(release_folder, facts)
-    refresh_card(release_folder, record)
-    return release_folder / CARD
+
+
+def lay_card(record: ReleaseRecord, run_folder: Path, folder: Path) -> Path:
+    """Lay release.json, the run's pictures and benchmarks, and README.md beside the weights in `folder`.
+
+    Raises CardError when a picture is missing; README.md is then not written.
+    """
+    for picture in record.facts.pictures:
+        source = run_folder / picture
+        if Path(picture).name != picture or not source.is_file():
+            raise CardError(f"pictures: {picture!r} is not a file in {run_folder}")
+        shutil.copyfile(source, folder / picture)
+    write_record(folder, record)
+    write_evaluations(folder, record.facts)
+    refresh_card(folder, record)
+    return folder / CARD
 
 
 def refresh_card(
@@ -106,6 +122,7 @@ def refresh_card(
         about: Mapping[str, str] = json.loads((folder / EXPORT).read_bytes())["release"]
     else:
         about = hashes
+    adapter = read_adapter(folder)
     text = render_card(
         record.facts,
         record.words,
@@ -114,7 +131,8 @@ def refresh_card(
         end_of_turn=record.end_of_turn,
         special_tokens=record.special_tokens,
         files=files,
-        engines=served_by(reports, about),
+        engines=served_by(reports, about, ("adapter",) if adapter else tuple(ENGINES)),
+        adapter=adapter,
     )
     write_durably(folder / CARD, text, mode=0o644)
     return hash_file(folder / CARD, folder)
@@ -130,6 +148,7 @@ def render_card(
     special_tokens: Mapping[str, str],
     files: Sequence[ReleaseFile] = (),
     engines: Sequence[Row] = (),
+    adapter: Adapter | None = None,
 ) -> str:
     """The text of README.md: Hub metadata, then sections from the facts.
 
@@ -139,6 +158,7 @@ def render_card(
         special_tokens: {the tokenizer's name for it: token}.
         files: what is released beside the card.
         engines: what is known about each engine that may serve it.
+        adapter: what is released, where it is no whole model.
 
     Raises CardError when a required text is missing, or when the card would quote a secret.
     """
@@ -162,7 +182,11 @@ def render_card(
     text = template.render(
         facts=facts,
         title=title,
-        metadata=_metadata(facts, words),
+        metadata=_metadata(facts, words, adapter),
+        adapter=adapter,
+        base_is_public=_on_a_hub(facts),
+        base_name=_base_name(facts),
+        end_ids=list(end_of_turn),
         summary=words.summary,
         intended_use=words.intended_use,
         limits=words.limits,
@@ -206,18 +230,21 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     }
 
 
-def _metadata(facts: RunFacts, words: ReleaseWords) -> str:
+def _metadata(facts: RunFacts, words: ReleaseWords, adapter: Adapter | None) -> str:
     """The YAML block that hubs index. Only what is known: no dataset id, no base model unless a hub has it."""
     from huggingface_hub import ModelCardData
 
-    family = ["mixture-of-experts"] if facts.moe else []
+    family = [*(["mixture-of-experts"] if facts.moe else []), *(["lora"] if adapter else [])]
+    on_a_hub = _on_a_hub(facts)
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if adapter and on_a_hub else {}
     data = ModelCardData(
         license=words.license,
         language=list(words.language),
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["conversational", *family, "training-ready", *words.tags],
-        base_model=facts.model.base_model if _on_a_hub(facts) else None,
+        base_model=facts.model.base_model if on_a_hub else None,
+        **relation,
     )
     return str(data.to_yaml()).strip()
 
@@ -227,11 +254,17 @@ def _on_a_hub(facts: RunFacts) -> bool:
     return base is not None and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
+def _base_name(facts: RunFacts) -> str:
+    """The base model as others may know it: the last part of a local path says enough."""
+    base = facts.model.base_model or ""
+    return base if _on_a_hub(facts) else Path(base).name
+
+
 def _base(facts: RunFacts) -> str:
     base, revision = facts.model.base_model, facts.model.base_revision
     if base is None:
         return "none: trained from random weights"
-    name = base if _on_a_hub(facts) else f"a local model, {Path(base).name}"
+    name = base if _on_a_hub(facts) else f"a local model, {_base_name(facts)}"
     return f"{name} at revision {revision}" if revision else f"{name}, revision not recorded"
 
 

@@ -59,6 +59,9 @@ def release_publish(
     ] = None,
     private: Annotated[bool, typer.Option(help="Visibility of a repository that is created.")] = True,
     only_writer: OnlyWriter = False,
+    replace: Annotated[
+        bool, typer.Option(help="Also take the place of another model's release, or of what is no release.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the publication as JSON.")] = False,
 ) -> None:
     """Publish a release under its own revision, read every file back, and only then move `main` to it.
@@ -70,10 +73,10 @@ def release_publish(
     """
     from rich.console import Console
 
-    from training_ready.release.connection import PUBLIC_HUB, token_for
+    from training_ready.release.connection import hub_endpoint, token_for
     from training_ready.release.publish import publish_release
 
-    token = token_for(endpoint or PUBLIC_HUB)
+    token = token_for(hub_endpoint(endpoint))
     with _progress() as report:
         publication = publish_release(
             folder,
@@ -82,6 +85,7 @@ def release_publish(
             token=token,
             private=private,
             only_writer=only_writer,
+            replace=replace,
             progress=report,
         )
     if json:

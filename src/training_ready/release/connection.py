@@ -23,6 +23,21 @@ class PublishError(TrainingReadyError):
     """The release is not on the hub as it is on disk; the message says what is, and what to do."""
 
 
+def hub_endpoint(given: str | None = None) -> str:
+    """The hub's base URL: `given`, else HF_ENDPOINT, else the public Hub.
+
+    Raises PublishError for one with a name or password in it, which every message and log would repeat.
+    """
+    endpoint = (given or os.environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/")
+    parts = urlsplit(endpoint)
+    if "@" in parts.netloc:
+        raise PublishError(
+            f"the hub's address ({parts.scheme}://…@{parts.netloc.rpartition('@')[2]}) holds a name or a password, "
+            "which messages would show. Give the address alone (HF_ENDPOINT, --endpoint), and a token in HF_TOKEN."
+        )
+    return endpoint
+
+
 def is_public_hub(endpoint: str) -> bool:
     return urlsplit(endpoint).hostname in ("huggingface.co", "hf.co", "hub-ci.huggingface.co")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ REQUIRED = {
     "tgi": (*_TRANSFORMERS, EXPORT),
     "gguf": ("*.gguf", EXPORT, *_WORDS),
     "ollama": ("*.gguf", "Modelfile", EXPORT, *_WORDS),
-    "adapter": ("adapter_config.json", "*.safetensors", EXPORT, *_WORDS),
+    "adapter": ("adapter_config.json", "*.safetensors", "tokenizer.json", EXPORT, *_WORDS),
 }
 # Kinds of files that only these targets may hold, by lower-case name.
 _OF_TARGET = {
@@ -74,6 +74,13 @@ _ALLOWED = (
     ".gitattributes",
     "license",
     "notice",
+)
+
+
+# Nothing that an engine reads: these may come beside an export after it was made.
+_BESIDE = (
+    *("*.md", "*.png", "*.svg", "*.jpg", "license", "notice", ".gitattributes"),
+    *("release.json", EXPORT, "verified-*.json", ".eval_results/*.yaml", ".*.tmp"),
 )
 
 
@@ -132,6 +139,15 @@ def _checked_paths(folder: Path) -> list[Path]:
         listing = "\n  ".join(sorted(set(faults)))
         raise ContentsError(f"{folder} is not fit to be published:\n  {listing}\nNothing was sent.")
     return sorted(paths)
+
+
+def strangers(found: Iterable[str], known: Container[str]) -> list[str]:
+    """The files of an export, by path in it, that an engine might read and that are not the `known` ones."""
+    return sorted(
+        path
+        for path in found
+        if path not in known and not any(fnmatch(path.lower(), pattern) for pattern in _BESIDE)
+    )
 
 
 def target_of(folder: Path) -> str:

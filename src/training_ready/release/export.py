@@ -103,30 +103,41 @@ def _refuse_shards(checkpoint: Path) -> None:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint or release as everybody will load it.
 
-    Raises ExportError when that is not what tokenizer.json says, which is what the model was trained with:
+    Raises ExportError when that is not what tokenizer.json says, which is what the model was trained with.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    fault = misreading(folder, loaded)
+    if fault is not None:
+        raise ExportError(f"{folder}: {fault}")
+    return loaded
+
+
+def misreading(folder: Path, loaded: PreTrainedTokenizerBase) -> str | None:
+    """Why `loaded` from `folder` does not make the tokens of the tokenizer.json there; None if it does.
+
     transformers 5.23 reads every tokenizer beside a qwen2 configuration as Qwen2Tokenizer, which splits words its own
     way (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS` in its tokenization_auto.py).
     """
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     file.no_truncation()
     file.no_padding()
     texts = list(multilingual_text(_COMPARED_BYTES))
     trained = [encoding.ids for encoding in file.encode_batch(texts)]
     wrong = sum(one != other for one, other in zip(trained, loaded(texts)["input_ids"], strict=True))
-    if wrong:
-        config = folder / "config.json"
-        kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else "base model's"
-        raise ExportError(
-            f"transformers reads {folder / 'tokenizer.json'} beside a {kind} configuration as {type(loaded).__name__}, "
-            f"which makes other tokens of {wrong} in {len(texts)} paragraphs: whoever loads this model would feed it "
-            "what it was not trained on. Train a model of this tokenizer under another model_type (llama, qwen3), or "
-            "this model_type with the tokenizer that belongs to it."
-        )
-    return loaded
+    if not wrong:
+        return None
+    config = folder / "config.json"
+    kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else "base model's"
+    return (
+        f"transformers reads a tokenizer.json beside a {kind} configuration as {type(loaded).__name__}, which makes "
+        f"other tokens of {wrong} in {len(texts)} paragraphs than this one says: whoever loads this model would feed "
+        "it what it was not trained on. Train a model of this tokenizer under another model_type (llama, qwen3), or "
+        "this model_type with the tokenizer that belongs to it."
+    )
 
 
 def _merged(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:

@@ -72,17 +72,22 @@ class DataFacts(_Facts):
 
 
 class PartFacts(_Facts):
-    """What was trained of one part of the mixture, all epochs together."""
+    """What was trained of one part of the mixture, all epochs together.
+
+    ``epochs`` is None where the run ended before the packs of an epoch were counted.
+    """
 
     name: Text
     packs: Count
-    epochs: float
+    epochs: float | None
     rows: Count
     tokens: Count
     learned_tokens: Count
 
 
 class TokenFacts(_Facts):
+    """Rows and tokens of all that was tokenised; ``untokenised_blocks`` were not when the run ended."""
+
     rows: Count
     tokens: Count
     learned_tokens: Count
@@ -92,6 +97,7 @@ class TokenFacts(_Facts):
     dropped_tokens: Count = 0
     split_rows: Count = 0
     split_pieces: Count = 0
+    untokenised_blocks: Count = 0
     packs: Count
     pack_fill: Share
     trained_tokens: Count
@@ -140,6 +146,9 @@ class MoeFacts(_Facts):
 class ModelFacts(_Facts):
     architecture: Text
     parameters_total: Count
+    """Of the whole model, adapters merged."""
+    parameters_merged: Count
+    """Of the adapters that training had beside it."""
     parameters_trainable: Count
     base_model: Text | None
     base_revision: Text | None

@@ -23,12 +23,22 @@ OnlyWriter = Annotated[
 
 
 def _existing(root: str, only_writer: bool) -> Place:
+    """The place of a hub that was begun before; nothing is made where there is none. Raises HubError."""
     from training_ready.release.hub_blobs import HubError
+    from training_ready.release.hub_tokens import FILE
     from training_ready.release.places import open_place
 
-    if "://" not in root and not Path(root).is_dir():
-        raise HubError(f"there is no hub in {root}: it is not a folder")
-    return open_place(root, only_writer=only_writer)
+    none = HubError(
+        f"there is no hub in {root}: it holds neither a model nor a token. Correct --root; the first token of a new "
+        f"hub is made by: training-ready hub token add NAME --root {root} --create"
+    )
+    if "://" not in root and not any((Path(root) / name).exists() for name in ("repos", "blobs", FILE)):
+        raise none
+    place = open_place(root, only_writer=only_writer)
+    held = (name for folder in ("repos/", "blobs/") for name in place.names(folder))
+    if place.size(FILE) is None and next(held, None) is None:
+        raise none
+    return place
 
 
 def hub_serve(
@@ -64,8 +74,8 @@ def hub_serve(
     wanted = bool(token or read_token or list_tokens(place))
     if not wanted and not is_loopback(host):
         raise HubError(
-            f"{host} can be reached by others: make a token (training-ready hub token add), set {HUB_TOKEN} to a "
-            "secret, or listen on 127.0.0.1"
+            f"{host} can be reached by others: make a token (training-ready hub token add NAME --root {root} "
+            f"--create), set {HUB_TOKEN} to a secret, or listen on 127.0.0.1"
         )
     with EmbeddedHub(place, port, host=host, token=token, read_token=read_token) as hub:
         print(f"export HF_ENDPOINT={hub.endpoint_url}\nexport HF_HUB_DISABLE_XET=1", flush=True)
@@ -89,7 +99,8 @@ def hub_check(
 ) -> None:
     """Re-read every stored content and compare it with its sha256. Damaged ones are set aside in damaged/.
 
-    A damaged content is missing afterwards, so publishing its model again uploads it again.
+    A damaged content is missing afterwards, so publishing its model again uploads it again. Models whose commits or
+    branches cannot be read are named. A bucket has no lock: to delete there, stop every hub and say --only-writer.
 
     Example: training-ready hub check --root ./hub
     """
@@ -97,26 +108,33 @@ def hub_check(
     from training_ready.release.hub_store import HubStore
 
     with HubStore(_existing(str(root), only_writer)) as store:
+        if delete_unreferenced:
+            typer.echo(f"deleted {store.delete_unreferenced()} bytes that no commit mentions")
         damaged = list(store.blobs.damaged())
         users = store.users_of(damaged)
         aside = {sha256: store.blobs.set_aside(sha256) for sha256 in damaged}
-        models = len(store.repo_ids())
-        freed = store.delete_unreferenced() if delete_unreferenced else None
-    if freed is not None:
-        typer.echo(f"deleted {freed} bytes that no commit mentions")
+        models, unreadable = len(store.repo_ids()), store.damaged_repos()
+    faults = []
     if damaged:
-        lines = [
-            f"{path}: {', '.join(users[sha256]) or 'no commit uses it'}" for sha256, path in aside.items()
+        faults.append(f"{len(damaged)} damaged contents were set aside; publish these again:")
+        faults += [
+            f"  {path}: {', '.join(users[sha256]) or 'no commit uses it'}" for sha256, path in aside.items()
         ]
-        listing = "\n  ".join(lines)
-        raise HubError(f"{len(damaged)} damaged contents were set aside; publish these again:\n  {listing}")
-    typer.echo(f"every content of {models} models in {root} has the sha256 it was stored with")
+    if unreadable:
+        faults.append(f"{len(unreadable)} of {models} models cannot be read; delete and publish them again:")
+        faults += [f"  {repo_id}: {why}" for repo_id, why in unreadable.items()]
+    if faults:
+        raise HubError("\n".join(faults))
+    typer.echo(
+        f"every content of {models} model{'s' * (models != 1)} in {root} has the sha256 it was stored with"
+    )
 
 
 def hub_token_add(
     name: Annotated[str, typer.Argument(help="Whose token it is, for `hub token ls` and `revoke`.")],
     root: Root,
     scope: Annotated[str, typer.Option(help="read or write.")] = "read",
+    create: Annotated[bool, typer.Option(help="Begin a hub there if there is none.")] = False,
     only_writer: OnlyWriter = False,
 ) -> None:
     """Make a token and print it, this once: only its sha256 is kept. A running hub knows it within a second.
@@ -127,13 +145,10 @@ def hub_token_add(
     from training_ready.release.hub_tokens import add_token
     from training_ready.release.places import open_place
 
-    place = open_place(root, only_writer=only_writer)
-    if scope == "write":
-        typer.echo(add_token(place, name, "write"))
-    elif scope == "read":
-        typer.echo(add_token(place, name, "read"))
-    else:
+    if scope not in ("read", "write"):
         raise HubError(f"the scope {scope!r} is neither read nor write")
+    place = open_place(root, only_writer=only_writer) if create else _existing(root, only_writer)
+    typer.echo(add_token(place, name, "write" if scope == "write" else "read"))
 
 
 def hub_token_revoke(

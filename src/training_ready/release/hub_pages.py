@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from training_ready.release.hub_blobs import HubError
 from training_ready.release.hub_cards import card_body
 from training_ready.release.hub_routes import CARD_BYTES, Revision, Store, card_of
 from training_ready.release.hub_store import Commit, HubStore
@@ -62,17 +63,24 @@ def style() -> Response:
 def models(store: Store) -> HTMLResponse:
     rows = []
     for repo_id in store.repo_ids():
-        commit = store.resolve(repo_id, "main")
-        rows.append(
-            {
-                "repo_id": repo_id,
-                "private": store.repo(repo_id).private,
-                "license": card_of(store, commit).get("license"),
-                "date": commit.date,
-                "branches": len(store.refs(repo_id, "heads")),
-            }
-        )
+        try:
+            rows.append(_row(store, repo_id))
+        except HubError as error:  # one damaged model hides no other
+            if error.code != "RepoNotFound":
+                rows.append({"repo_id": repo_id, "fault": str(error)})
     return _page(title="Models", models=rows, repo_id=None)
+
+
+def _row(store: HubStore, repo_id: str) -> dict[str, Any]:
+    commit = store.resolve(repo_id, "main")
+    return {
+        "repo_id": repo_id,
+        "fault": None,
+        "private": store.repo(repo_id).private,
+        "license": card_of(store, commit).get("license"),
+        "date": commit.date,
+        "branches": len(store.refs(repo_id, "heads")),
+    }
 
 
 @router.get("/{owner}/{name}")

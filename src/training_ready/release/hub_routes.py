@@ -60,13 +60,17 @@ def paged(
     cursor: str,
     render: Callable[[Any], Any] = lambda item: item,
 ) -> JSONResponse:
-    """One page of a listing; the Link header names the next, as the client follows it. `cursor` counts items."""
+    """One page of a listing; the Link header names the next, as the client follows it. `cursor` counts items.
+
+    What is gone by the time it is rendered (None) is left out.
+    """
     start = int(cursor) if cursor.isdecimal() else 0
     stop = start + max(1, min(limit or PAGE, PAGE))
     headers = {}
     if stop < len(items):
         headers["Link"] = f'<{request.url.include_query_params(cursor=stop)}>; rel="next"'
-    return JSONResponse([render(item) for item in items[start:stop]], headers=headers)
+    rendered = [render(item) for item in items[start:stop]]
+    return JSONResponse([item for item in rendered if item is not None], headers=headers)
 
 
 # --- repositories ----------------------------------------------------------------------------------------
@@ -132,13 +136,25 @@ def list_models(
         for repo_id in store.repo_ids()
         if search.lower() in repo_id.lower() and author in ("", repo_id.partition("/")[0])
     ]
-    return paged(
-        request,
-        wanted,
-        limit,
-        cursor,
-        lambda repo_id: _model_info(store, repo_id, store.resolve(repo_id, "main"), blobs=False),
-    )
+    return paged(request, wanted, limit, cursor, lambda repo_id: _listed(store, repo_id))
+
+
+def _listed(store: HubStore, repo_id: str) -> dict[str, Any] | None:
+    """The model as a listing has it; a damaged one is marked and hides no other."""
+    try:
+        return _model_info(store, repo_id, store.resolve(repo_id, "main"), blobs=False)
+    except HubError as error:
+        if error.code == "RepoNotFound":
+            return None
+        return {
+            "_id": repo_id,
+            "id": repo_id,
+            "modelId": repo_id,
+            "author": repo_id.partition("/")[0],
+            "disabled": True,  # the public Hub's own word for a model that cannot be fetched
+            "tags": ["damaged"],
+            "error": str(error),
+        }
 
 
 @router.get("/api/models/{owner}/{name}")

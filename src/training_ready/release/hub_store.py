@@ -139,8 +139,10 @@ class HubStore:
     def delete_repo(self, repo_id: str) -> None:
         """Forget the repository: first that it exists, then what it was. Its contents stay, see delete_unreferenced."""
         with self._writing:
-            self.repo(repo_id)
-            self.place.delete(self._under(repo_id, "repo.json"))
+            facts = self._under(repo_id, "repo.json")
+            if self.place.size(facts) is None:  # a damaged one can be deleted, too
+                raise _no_model(repo_id)
+            self.place.delete(facts)
             for name in list(self.place.names(self._under(repo_id, ""))):
                 self.place.delete(name)
             self._commit.cache_clear()
@@ -148,23 +150,51 @@ class HubStore:
     def repo(self, repo_id: str) -> Repo:
         content = self.place.read(self._under(repo_id, "repo.json"))
         if content is None:
-            raise HubError(f"no model {repo_id} on this hub", status=404, code="RepoNotFound")
-        facts = json.loads(content)
-        return Repo(repo_id=repo_id, private=facts["private"], created_at=facts["created_at"])
+            raise _no_model(repo_id)
+        try:
+            facts = json.loads(content)
+            return Repo(repo_id=repo_id, private=facts["private"], created_at=facts["created_at"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(self._under(repo_id, "repo.json"), repr(error)) from error
 
     def repo_ids(self) -> list[str]:
         found = [name.split("/") for name in self.place.names("repos/")]
         return sorted(f"{parts[1]}/{parts[2]}" for parts in found if parts[3:] == ["repo.json"])
 
+    def damaged_repos(self) -> dict[str, str]:
+        """{repository: what is damaged} of those with a ref or a commit that cannot be read."""
+        found = {}
+        for repo_id in self.repo_ids():
+            try:
+                for kind in ("heads", "tags"):
+                    for oid in self.refs(repo_id, kind).values():
+                        self._commit(repo_id, oid)
+                self.resolve(repo_id, DEFAULT_BRANCH)
+                self._mentioned(repo_id)
+            except HubError as error:
+                found[repo_id] = str(error)
+        return found
+
     def users_of(self, contents: Collection[str]) -> dict[str, list[str]]:
-        """For each sha256, the repositories with a commit that mentions it."""
+        """For each sha256, the repositories with a commit that mentions it; the damaged ones cannot be asked."""
+        intact = sorted(set(self.repo_ids()) - self.damaged_repos().keys())
+        mentioned = {repo_id: self._mentioned(repo_id) for repo_id in intact}
         return {
-            sha256: [repo_id for repo_id in self.repo_ids() if sha256 in self._mentioned(repo_id)]
+            sha256: [repo_id for repo_id, known in mentioned.items() if sha256 in known]
             for sha256 in contents
         }
 
     def delete_unreferenced(self) -> int:
-        """Delete contents that no commit mentions, while no upload runs; returns the bytes freed."""
+        """Delete contents that no commit mentions; returns the bytes freed.
+
+        Raises HubError where another hub may be taking an upload, or a commit cannot be read: what it mentions is
+        not known.
+        """
+        if not self.place.exclusive:
+            raise HubError(
+                f"another hub may be serving {self.place.where}, which has no lock: a content that a commit is about "
+                "to mention would be deleted. Nothing was. Stop every hub over it, then say --only-writer."
+            )
         with self._writing:
             return self.blobs.delete_except(
                 {sha256 for repo_id in self.repo_ids() for sha256 in self._mentioned(repo_id)}
@@ -182,8 +212,8 @@ class HubStore:
         self.repo(repo_id)
         for kind in ("heads", "tags"):
             name = revision.removeprefix(f"refs/{kind}/")
-            if is_ref_name(name) and (oid := self.place.read(self._ref(repo_id, kind, name))):
-                return self._commit(repo_id, oid.decode())
+            if is_ref_name(name) and (oid := self._target(self._ref(repo_id, kind, name))):
+                return self._commit(repo_id, oid)
         if OID.fullmatch(revision) and self.place.size(self._under(repo_id, f"commits/{revision}.json")):
             return self._commit(repo_id, revision)
         raise HubError(f"{repo_id} has no revision {revision!r}", status=404, code="RevisionNotFound")
@@ -252,10 +282,7 @@ class HubStore:
         name = self._under(repo_id, f"commits/{oid}.json")
         data = self.place.read(name)
         if data is None or hashlib.sha256(data).hexdigest()[:40] != oid:
-            raise HubError(
-                f"{name} in {self.place.where} is damaged: its content no longer has the hash in its name",
-                status=410,
-            )
+            raise self._damaged(name, "its content no longer has the hash in its name")
         body = json.loads(data)
         body["tree"] = {path: Entry(**entry) for path, entry in body["tree"].items()}
         return Commit(oid=oid, **body)
@@ -268,13 +295,24 @@ class HubStore:
         # One name for one ref: "~" is in no branch, and unlike "%2F" every S3 server lists it as it was written.
         return self._under(repo_id, f"refs/{kind}/{name.replace('/', '~')}")
 
+    def _target(self, ref: str) -> str | None:
+        """The commit that a ref names; None when there is no such ref."""
+        content = self.place.read(ref)
+        oid = None if content is None else content.decode(errors="replace")
+        if oid is not None and not OID.fullmatch(oid):
+            raise self._damaged(ref, "it names no commit")
+        return oid
+
+    def _damaged(self, name: str, why: str) -> HubError:
+        return HubError(f"{name} in {self.place.where} is damaged: {why}", status=410)
+
     def refs(self, repo_id: str, kind: str) -> dict[str, str]:
         """{name: commit id} of all branches (`heads`) or `tags`."""
         self.repo(repo_id)
         found = {}
         for name in self.place.names(self._under(repo_id, f"refs/{kind}/")):
-            if (oid := self.place.read(name)) is not None:
-                found[name.rpartition("/")[2].replace("~", "/")] = oid.decode()
+            if (oid := self._target(name)) is not None:
+                found[name.rpartition("/")[2].replace("~", "/")] = oid
         return found
 
     def create_ref(self, repo_id: str, kind: str, name: str, *, revision: str) -> None:
@@ -293,6 +331,10 @@ class HubStore:
                 message = f"{repo_id} has no {'branch' if kind == 'heads' else 'tag'} {name!r}"
                 raise HubError(message, status=404, code="RevisionNotFound")
             self.place.delete(ref)
+
+
+def _no_model(repo_id: str) -> HubError:
+    return HubError(f"no model {repo_id} on this hub", status=404, code="RepoNotFound")
 
 
 def _edited(tree: Mapping[str, Entry], edits: Sequence[tuple[str, Entry | None]]) -> dict[str, Entry]:

@@ -14,12 +14,12 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from training_ready.release.hub_blobs import HubError, IncomingBlob
 from training_ready.release.hub_names import check_path
@@ -66,6 +66,27 @@ def preupload(
             }
         )
     return {"files": answers}
+
+
+def _whole_text(text: str) -> str:
+    text.encode()  # JSON can say half a character, which no answer of the hub could repeat
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_text)]
+
+
+class CommitHeader(BaseModel):
+    summary: Text | None = None
+    description: Text | None = None
+    parentCommit: str | None = None
+
+
+class CommitItem(BaseModel):
+    path: Text
+    content: Text = ""
+    encoding: str | None = None
+    oid: str = ""
 
 
 class LfsObject(BaseModel):
@@ -142,38 +163,38 @@ async def commit(
     _refuse_pull_request(create_pr)
     repo_id = f"{owner}/{name}"
     store.resolve(repo_id, revision)
-    header: dict[str, Any] = {}
+    header = CommitHeader()
     edits: list[tuple[str, Entry | None]] = []
     async for line in _lines(request):
         try:
             item = json.loads(line)
             if item["key"] == "header":
-                header = item["value"]
+                header = CommitHeader.model_validate(item["value"])
             else:
-                edits.append(await run_in_threadpool(_edit, store, item["key"], item["value"]))
-        except (ValueError, KeyError, TypeError) as error:
+                value = CommitItem.model_validate(item["value"])
+                edits.append(await run_in_threadpool(_edit, store, str(item["key"]), value))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise HubError(f"line {len(edits) + 1} of the commit cannot be read: {error!r}") from error
     oid = await run_in_threadpool(
         store.commit,
         repo_id,
         revision,
         edits,
-        title=str(header.get("summary") or "Upload"),
-        message=str(header.get("description") or ""),
-        parent=header.get("parentCommit"),
+        title=header.summary or "Upload",
+        message=header.description or "",
+        parent=header.parentCommit,
     )
     return {"success": True, "commitOid": oid, "commitUrl": f"{base_url(request)}/{repo_id}/commit/{oid}"}
 
 
-def _edit(store: HubStore, key: str, value: dict[str, Any]) -> tuple[str, Entry | None]:
-    path = value["path"]
+def _edit(store: HubStore, key: str, value: CommitItem) -> tuple[str, Entry | None]:
+    path = value.path
     if key == "file":
         check_path(path)
-        content = value["content"]
-        data = _decoded(content) if value.get("encoding") == "base64" else content.encode()
+        data = _decoded(value.content) if value.encoding == "base64" else value.content.encode()
         return path, store.small_entry(data)
     if key == "lfsFile":
-        return path, store.lfs_entry(value["oid"])
+        return path, store.lfs_entry(value.oid)
     if key == "deletedFile":
         return path, None
     if key == "deletedFolder":

@@ -38,12 +38,18 @@ class BucketPlace:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._local = tempfile.TemporaryDirectory(prefix="training-ready-")
         self._writing = threading.Lock()
+        self._only_writer = only_writer
         if not only_writer:
             self.check_conditions()
 
     @property
     def where(self) -> str:
         return self._store.uri(self._prefix).rstrip("/")
+
+    @property
+    def exclusive(self) -> bool:
+        """By the caller's promise alone: a bucket has no lock."""
+        return self._only_writer
 
     def _key(self, name: str) -> str:
         return self._prefix + check_name(name)

@@ -29,6 +29,10 @@ class FolderPlace:
     def where(self) -> str:
         return str(self.root)
 
+    @property
+    def exclusive(self) -> bool:
+        return True
+
     def path(self, name: str) -> Path:
         return self.root / check_name(name)
 

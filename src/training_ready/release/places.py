@@ -28,6 +28,11 @@ class Place(Protocol):
         """How a message calls it: a path or an s3:// address."""
         ...
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether nobody else writes there while `sole_server` is held."""
+        ...
+
     def read(self, name: str) -> bytes | None:
         """A small content; None when there is none."""
         ...

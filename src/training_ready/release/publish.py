@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training_ready.release.card import refresh_card
-from training_ready.release.connection import PUBLIC_HUB, PublishError
+from training_ready.release.connection import PublishError, hub_endpoint
 from training_ready.release.contents import ReleaseFile, release_files
 from training_ready.release.record import read_record
 
@@ -49,6 +48,7 @@ def publish_release(
     token: str | None = None,
     private: bool = True,
     only_writer: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Publication:
     """Bring `folder` to `target`, prove it by reading everything back, and let `main` be it.
@@ -62,6 +62,7 @@ def publish_release(
         token: write token. None means the stored login on the public Hub, and no token anywhere else.
         private: visibility of a repository that this call creates.
         only_writer: see :func:`.places.open_place`.
+        replace: also when `main` holds another model's release, or what is no release (:mod:`.publish_replace`).
 
     Every step finds out what is there already, so that an interrupted publication is continued by the same call.
     Publishing the same folder again changes nothing and reads everything back again.
@@ -83,16 +84,19 @@ def publish_release(
     if target.lower().startswith((".", "/", "s3://")):
         from training_ready.release.publish_place import publish_to_place
 
-        return publish_to_place(folder, target, files, name=name, only_writer=only_writer, report=report)
+        return publish_to_place(
+            folder, target, files, record, name=name, only_writer=only_writer, replace=replace, report=report
+        )
     from training_ready.release.publish_hub import publish_to_hub
 
     return publish_to_hub(
         folder,
         target,
         files,
-        branch=record.branch,
+        record,
         name=name,
-        endpoint=(endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/"),
+        replace=replace,
+        endpoint=hub_endpoint(endpoint),
         token=token,
         private=private,
         report=report,

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from training_ready.release.connection import Journey, PublishError, clear_errors, hub_api, is_passing
 from training_ready.release.contents import ReleaseFile
 from training_ready.release.publish import Progress, Publication, counter, damaged
-from training_ready.release.publish_read_back import is_same, read_back, remote_files
+from training_ready.release.publish_read_back import is_same, read_back, record_at, remote_files
+from training_ready.release.publish_replace import refuse_another
+from training_ready.release.record import ReleaseRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -31,22 +33,28 @@ def publish_to_hub(
     folder: Path,
     repo_id: str,
     files: Sequence[ReleaseFile],
+    record: ReleaseRecord,
     *,
-    branch: str,
     name: str,
+    replace: bool,
     endpoint: str,
     token: str | None,
     private: bool,
     report: Progress,
 ) -> Publication:
-    """Commit `files` on `branch`, read them back, tag them `name`, then let `main` be the same. Raises PublishError."""
+    """Commit `files` on a branch, read them back, tag them `name`, then let `main` be the same. Raises PublishError."""
     again = ["training-ready", "release", "publish", str(folder), repo_id, "--endpoint", endpoint]
+    again += ["--replace"] if replace else []
     journey = Journey(folder=folder, again=shlex.join(again))
     with clear_errors(journey, endpoint, repo_id), hub_api(endpoint, token) as api:
         repo_id = _patiently(lambda: api.create_repo(repo_id, exist_ok=True, private=private).repo_id)
         hub = _Repo(api, repo_id, journey, report)
         main = hub.head("main")
-        revision = _prove(hub, branch, main, files)
+        if not replace:
+            there = hub.listing(main)
+            found = _patiently(lambda: record_at(api, repo_id, main, there))
+            refuse_another(journey, repo_id, found, len(there), record)
+        revision = _prove(hub, record.branch, main, files)
         report("tag", 0, 1)
         hub.tag(name, revision)
         report("main", 0, 1)

@@ -18,8 +18,10 @@ from pathlib import Path
 from training_ready import TrainingReadyError
 from training_ready.release.connection import Journey, PublishError
 from training_ready.release.contents import ReleaseFile
-from training_ready.release.places import Place, open_place
+from training_ready.release.places import Place, PlaceError, open_place
 from training_ready.release.publish import Progress, Publication, counter, damaged, digest_of
+from training_ready.release.publish_replace import refuse_another
+from training_ready.release.record import RECORD, ReleaseRecord
 
 MANIFEST = "manifest.json"
 _MAIN = "refs/main.json"
@@ -29,14 +31,17 @@ def publish_to_place(
     folder: Path,
     target: str,
     files: Sequence[ReleaseFile],
+    record: ReleaseRecord,
     *,
     name: str,
     only_writer: bool,
+    replace: bool,
     report: Progress,
 ) -> Publication:
     """Write the revision `name` below `target`, read it back, then point `main` at it. Raises PublishError."""
     again = ["training-ready", "release", "publish", str(folder), target]
     again += ["--only-writer"] if only_writer else []
+    again += ["--replace"] if replace else []
     if any(file.path == MANIFEST for file in files):
         raise PublishError(
             f"{folder / MANIFEST} cannot be published here: a revision keeps its own list of files under that name. "
@@ -47,6 +52,8 @@ def publish_to_place(
         place = open_place(target, only_writer=only_writer)
         held.enter_context(place.sole_server())
         before = place.read(_MAIN)
+        if before is not None and not replace:
+            refuse_another(journey, place.where, _record(place, before), 1, record)
         manifest = _manifest(name, files)
         known = place.read(f"{name}/{MANIFEST}")
         if known is None:
@@ -90,6 +97,14 @@ def _told(journey: Journey, target: str) -> Iterator[None]:
         raise PublishError(f"{str(error).rstrip('.')}. {journey.rest()}") from error
     except OSError as error:
         raise PublishError(f"{target} cannot be written ({error}). {journey.rest()}") from error
+
+
+def _record(place: Place, main: bytes) -> bytes | None:
+    """The release.json of the revision that `main` names; None when there is none."""
+    try:
+        return place.read(f"{json.loads(main)['revision']}/{RECORD}")
+    except (ValueError, TypeError, KeyError, PlaceError):
+        return None
 
 
 def _manifest(name: str, files: Sequence[ReleaseFile]) -> bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training_ready.release.contents import ReleaseFile
 from training_ready.release.publish import Progress, counter
+from training_ready.release.record import RECORD
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # Written by the public Hub into every repository; not part of a release, and left alone.
 _HUB_OWN_FILES = frozenset({".gitattributes"})
 _READ_ATTEMPTS = 3
+_GONE = (404, 410)
+_RECORD_BYTES = 16 << 20
 
 
 def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def read_back(
         try:
             size, sha256 = _download_hash(api, repo_id, revision, file.path, received)
         except HfHubHTTPError as error:
-            if error.response.status_code not in (404, 410):
+            if error.response.status_code not in _GONE:
                 raise
             faults[file.path] = f"missing, the hub answers HTTP {error.response.status_code}"
         else:
@@ -82,15 +85,12 @@ def _download_hash(
 ) -> tuple[int, str]:
     """(size, sha256) of the bytes that the hub serves for one file."""
     import httpx2
-    from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
-        build_hf_headers,
         hf_raise_for_status,
         http_stream_backoff,
     )
 
-    url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
-    headers = {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}
+    url, headers = _request(api, repo_id, revision, path)
     attempt = 1
     while True:
         digest, size = hashlib.sha256(), 0
@@ -108,3 +108,26 @@ def _download_hash(
             if attempt == _READ_ATTEMPTS:
                 raise
             attempt += 1
+
+
+def record_at(api: HfApi, repo_id: str, revision: str, there: dict[str, Any]) -> bytes | None:
+    """The release.json of a revision with the files `there`; None when it has none that could be one, or lost it."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]  # as above
+
+    if RECORD not in there or there[RECORD].size > _RECORD_BYTES:
+        return None
+    url, headers = _request(api, repo_id, revision, RECORD)
+    response = get_session().get(url, headers=headers, follow_redirects=True, timeout=60)
+    if response.status_code in _GONE:
+        return None
+    hf_raise_for_status(response)
+    return bytes(response.content)
+
+
+def _request(api: HfApi, repo_id: str, revision: str, path: str) -> tuple[str, dict[str, str]]:
+    """Where to ask for a file past the local cache, and the headers to send."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # as above
+
+    url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
+    return url, {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}

@@ -63,7 +63,8 @@ def read_record(folder: Path) -> ReleaseRecord:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CardError(
-            f"{path} is missing: the card is written from it. Build the release again (training-ready release build)."
+            f"{path} is missing: the card is written from it. Build the release again (training-ready release build); "
+            "of an adapter, export the checkpoint again in the folder of its finished run."
         ) from error
     except ValueError as error:
         raise CardError(f"{path} is not JSON: {error}") from error

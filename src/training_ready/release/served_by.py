@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from training_ready.release.contents import EXPORT, ContentsError, hash_file
+from training_ready.release.contents import EXPORT, ContentsError, hash_file, strangers
 from training_ready.release.facts import CardError, Text
 from training_ready.storage.durable import write_durably
 
@@ -111,6 +111,11 @@ def check_verified(folder: Path, target: str, report: Report | None, hashes: Map
         why = f"it failed: {', '.join(check.check for check in report.checks if not check.passed)}"
     elif changed := [name for name, sha256 in report.export.items() if hashes.get(name) != sha256]:
         why = f"{', '.join(changed)} changed since it was verified"
+    elif added := strangers(hashes, report.export):
+        raise ContentsError(
+            f"{folder} is an export for {target}, and {', '.join(added)} was not there when it was made: an engine may "
+            "load that, too. Nothing was sent. Remove it, or export and verify again."
+        )
     if why:
         raise ContentsError(
             f"{folder} is an export for {target}, and {why}. Nothing was sent. Run: "
@@ -118,15 +123,18 @@ def check_verified(folder: Path, target: str, report: Report | None, hashes: Map
         )
 
 
-def served_by(reports: Mapping[str, Report], hashes: Mapping[str, str]) -> list[Row]:
-    """A row for every engine; `hashes` are those of the release that the card is about."""
-    return [_row(target, engine, reports.get(target), hashes) for target, engine in ENGINES.items()]
+def served_by(
+    reports: Mapping[str, Report], hashes: Mapping[str, str], targets: Sequence[str] = tuple(ENGINES)
+) -> list[Row]:
+    """A row for every engine of `targets`; `hashes` are those of the release that the card is about."""
+    return [_row(target, ENGINES[target], reports.get(target), hashes) for target in targets]
 
 
 def _row(target: str, engine: str, report: Report | None, hashes: Mapping[str, str]) -> Row:
     if report is None:
         return Row(engine=engine, verdict="not verified", difference="not measured", checks="")
-    if any(hashes.get(name) != sha256 for name, sha256 in report.release.items()):
+    added = [name for name in hashes if name.endswith(".safetensors") and name not in report.release]
+    if added or any(hashes.get(name) != sha256 for name, sha256 in report.release.items()):
         return Row(
             engine=engine,
             verdict="not verified: the report is of other weights",

@@ -21,14 +21,17 @@ _BASE_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safe
 
 
 def is_shared_base(checkpoint: Path) -> bool:
-    """Does the checkpoint hold experts that need a dense base?"""
+    """Does the checkpoint hold experts that need a dense base?
+
+    Asked first: where the attention is adapted too, it also holds an adapter of PEFT, which alone is not the model.
+    """
     return (checkpoint / _SETTINGS).is_file()
 
 
 def write_shared_base_release(
     checkpoint: Path, folder: Path, *, target_role: str, shard_bytes: int = 4 * 10**9
 ) -> Path:
-    """Write the weights of every expert, tokenizer, chat template and generation settings into `folder`.
+    """Write the weights of attention and experts, tokenizer, chat template and generation settings into `folder`.
 
     The base is looked for where the checkpoint says and must have the very weights that were trained over. An earlier
     release in `folder` is replaced as a whole.
@@ -39,10 +42,12 @@ def write_shared_base_release(
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from training_ready.moe.shared_base_files import read_shared_base
+    from training_ready.moe.shared_base_files import read_shared_base, read_shared_lora
     from training_ready.moe.upcycle_export import export_upcycled
 
     settings, trained = read_shared_base(checkpoint)
+    for layer, pair in read_shared_lora(checkpoint, settings).items():
+        trained |= {f"{layer}.lora_A": pair.a, f"{layer}.lora_B": pair.b}
     for name, tensor in trained.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(

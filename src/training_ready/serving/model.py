@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from training_ready.release.connection import is_public_hub
+from training_ready.release.connection import PublishError, hub_endpoint, is_public_hub
 from training_ready.serving.errors import ServingError
 
 # Weights only as safetensors, and no Python files: nothing that is downloaded can be executed.
@@ -97,6 +97,10 @@ def _resolve(model: str, revision: str | None, endpoint: str) -> tuple[Path, str
         return folder.resolve(), None
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ServingError(f"{model}: no such folder (a hub repository is written owner/name)")
+    try:
+        endpoint = hub_endpoint(endpoint)
+    except PublishError as error:
+        raise ServingError(str(error)) from error
     try:
         snapshot = Path(
             snapshot_download(

@@ -42,6 +42,8 @@ def die_with_parent(signum: int = signal.SIGTERM) -> None:
 class EmbeddedStore:
     """``rclone serve s3`` over a folder: buckets are its sub-folders, objects their files, all of it stays.
 
+    What others change in the folder meanwhile may show only after a restart.
+
     What belongs to the server itself (its credentials, mode 0600, and its log) lies beside the folder, in
     ``<root>.state``. One server per folder. Use as a context manager, or ``start()`` and ``stop()``.
     """
@@ -135,6 +137,9 @@ class EmbeddedStore:
         env["RCLONE_AUTH_KEY"] = f'"{keys[0]},{keys[1]}"'
         address = f"[{self._host}]" if ":" in self._host else self._host
         command = [binary, "serve", "s3", "--config", "", "--cache-dir", str(self.state / "cache")]
+        # With its listing of a folder rclone forgets the MD5s, after 5 minutes unless told otherwise, and hashes the
+        # whole object anew before it answers: of 10 GB no client waits for that.
+        command += ["--dir-cache-time", "24h"]
         command += ["--addr", f"{address}:{self._port}", f":local:{self.root}"]
         log = self.state / "rclone.log"
         with log.open("wb") as output:

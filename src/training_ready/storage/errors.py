@@ -23,6 +23,10 @@ class ObjectChanged(StorageError):
     """An object is no longer the one that was opened."""
 
 
+class UploadForgotten(StorageError):
+    """The server no longer knows an upload in parts, or one of its parts: only a new upload helps."""
+
+
 # The permission that each operation needs, as bucket policies spell it.
 PERMISSIONS = {
     "HeadObject": "s3:GetObject",
@@ -35,6 +39,8 @@ PERMISSIONS = {
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _NOT_OURS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
+# rclone says InvalidPart of every upload of which one part's connection broke while it was already being joined.
+_FORGOTTEN = {"NoSuchUpload", "InvalidPart"}
 _BUSY = {
     "SlowDown",
     "RequestTimeout",
@@ -121,6 +127,10 @@ def _answered(error: ClientError, *, what: str, operation: str, uri: str, keys_f
         )
     if code == "NoSuchBucket" or (status == 404 and operation in ("HeadBucket", "ListObjectsV2")):
         return no_bucket(uri)
+    if code in _FORGOTTEN:
+        return UploadForgotten(
+            f"{what}: the server no longer knows this upload or one of its parts ({code}). Upload the file again."
+        )
     if status == 404:
         return ObjectNotFound(f"{what}: there is no such object. List what is there, or correct the key.")
     message = str(error.response.get("Error", {}).get("Message", ""))

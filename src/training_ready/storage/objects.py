@@ -17,6 +17,7 @@ from training_ready.storage.errors import (
     ObjectChanged,
     ObjectNotFound,
     StorageError,
+    UploadForgotten,
     code_of,
     is_expired,
     is_missing,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectChanged", "ObjectInfo", "ObjectNotFound", "ObjectStore", "StorageError"]
 
+_UPLOADS = 3  # of one file, where the server forgets one under way
 Result = TypeVar("Result")
 
 
@@ -181,6 +183,13 @@ class ObjectStore:
             return False
         return True
 
+    def holds(self, key: str, file: Fingerprint) -> bool:
+        """Whether the object is there and certainly this file."""
+        try:
+            return file.proves(self.head(key))
+        except ObjectNotFound:
+            return False
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, in the order of the keys, page by page."""
         token = ""
@@ -229,12 +238,15 @@ class ObjectStore:
     ) -> ObjectInfo:
         """Write a file of any size in parts, four at a time, then compare what arrived with what was sent.
 
+        An upload that the server has forgotten, or a part of it, is begun anew, three uploads in all.
+
         Args:
-            progress: called with the number of bytes just sent, from several threads; negative when a part is
+            progress: called with the number of bytes just sent, from several threads; negative when some are
                 sent again.
             fingerprint: the file's, if the caller already has it.
 
         Raises:
+            UploadForgotten: the server forgot the last of the uploads, too.
             StorageError: the upload failed, or the stored object is not the file.
         """
         from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
@@ -244,14 +256,29 @@ class ObjectStore:
         sent = fingerprint or Fingerprint.of_file(path)
         part = part_bytes(sent.size)
         config = TransferConfig(multipart_threshold=part, multipart_chunksize=part, max_concurrency=4)
-        subscribers = [ProgressCallbackInvoker(progress)] if progress else []
         extra = {"Metadata": {"sha256": sent.sha256}}
 
         def upload(client: S3Client) -> None:
-            with create_transfer_manager(client, config) as manager:
-                manager.upload(str(path), self.bucket, check_key(key), extra, subscribers).result()
+            done: list[int] = []
+            counters = [ProgressCallbackInvoker(call) for call in (done.append, progress) if call]
+            try:
+                with create_transfer_manager(client, config) as manager:
+                    manager.upload(str(path), self.bucket, check_key(key), extra, counters).result()
+            except BaseException:
+                if progress:
+                    progress(-sum(done))
+                raise
 
-        self.call("PutObject", key, upload)
+        for number in range(1, _UPLOADS + 1):
+            try:
+                self.call("PutObject", key, upload)
+                break
+            except UploadForgotten:
+                # It may have been joined all the same, and the answer got lost.
+                if self.holds(key, sent):
+                    break
+                if number == _UPLOADS:
+                    raise
         stored = self.head(key)
         if sent.contradicts(stored):
             raise StorageError(

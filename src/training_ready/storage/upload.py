@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training_ready.storage.errors import ObjectNotFound, StorageError
+from training_ready.storage.errors import StorageError
 from training_ready.storage.fingerprint import Fingerprint
 from training_ready.storage.objects import ObjectStore
 
@@ -82,7 +82,7 @@ def upload_all(
     report = UploadReport()
     for upload in uploads:
         fingerprint = Fingerprint.of_file(upload.path)
-        if _is_there(store, upload.key, fingerprint):
+        if store.holds(upload.key, fingerprint):
             report.identical += 1
             if progress:
                 progress(upload.size)
@@ -91,10 +91,3 @@ def upload_all(
         report.uploaded += 1
         report.bytes_sent += stored.size
     return report
-
-
-def _is_there(store: ObjectStore, key: str, fingerprint: Fingerprint) -> bool:
-    try:
-        return fingerprint.proves(store.head(key))
-    except ObjectNotFound:
-        return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from botocore import xform_name
 
+from training_ready.storage.errors import UploadForgotten
 from training_ready.storage.fingerprint import Fingerprint, part_bytes
 from training_ready.storage.objects import ObjectNotFound, ObjectStore, StorageError
 from training_ready.storage.ranges import Patience
@@ -52,7 +53,7 @@ def upload_file(store: ObjectStore, key: str, path: Path, *, patience: float) ->
 
 
 def until_it_works(request: Callable[[], Result], patience: float) -> Result:
-    """Ask again, with growing pauses, for ``patience`` seconds at most; what is not there stays not there.
+    """Ask again, with growing pauses, for ``patience`` seconds at most; what is not there, or forgotten, stays so.
 
     Raises:
         StorageError: the last error.
@@ -61,7 +62,7 @@ def until_it_works(request: Callable[[], Result], patience: float) -> Result:
     while True:
         try:
             return request()
-        except ObjectNotFound:
+        except (ObjectNotFound, UploadForgotten):
             raise
         except StorageError:
             if not waiting.pause():

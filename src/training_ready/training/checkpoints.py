@@ -35,6 +35,10 @@ class Interrupted(TrainingReadyError):
     """A signal stopped the run; it is saved and can be continued."""
 
 
+class Unfinished(TrainingReadyError):
+    """The run stopped before its end, and nothing can continue it."""
+
+
 class SaveError(TrainingReadyError):
     """A checkpoint could not be written."""
 
@@ -84,6 +88,18 @@ class StreamState:
                 f"{checkpoint} was trained on another stream ({listed}), so rows would be repeated or lost. Restore "
                 "the recipe and corpus of that run, or start anew with another output_dir; stream.resume_allow="
                 f"[{','.join(refused)}] continues nevertheless."
+            )
+
+    def refuse_weights_only(self, checkpoint: Path, last_step: int) -> None:
+        """
+        Raises:
+            ResumeError: steps are left to train, and the checkpoint holds no optimizer (``save_only_model``), which
+                transformers would replace by a new one without a word.
+        """
+        if self.step < last_step and not any(checkpoint.glob("rng_state*.pth")):
+            raise ResumeError(
+                f"{checkpoint} holds weights only (save_only_model): step {self.step} of {last_step} cannot be "
+                "continued without its optimizer. Start anew with another output_dir."
             )
 
     def _changes(self, now: StreamState) -> dict[str, str]:

@@ -75,6 +75,7 @@ def data_stats(
     from training_ready.stream.statistics import draw_statistics, statistics
 
     data, _ = _open(_loaded(recipe, overrides), 1, Console(stderr=True))
+    data.packs.plan.wait_for_all()
     found = statistics(data.packs.plan, data.max_length, data.counts)
     if plot:
         draw_statistics(data.packs.plan, data.max_length, plot)
@@ -131,8 +132,8 @@ def data_simulate(
         f"the same on every rank; {found.packs:,} packs, each once",
         f"per rank: rows {least_most.format(found.rows)}, tokens {least_most.format(found.tokens)}, "
         f"bytes fetched {least_most.format(found.fetched_bytes)}",
-        f"all ranks: {found.requests:,} blocks fetched, {found.requests_per_step:.2f} a step; every stored byte is "
-        f"fetched {found.reads_per_byte:.2f} times",
+        f"all ranks: {found.blocks:,} blocks fetched, {found.requests_per_step:.2f} requests a step; every stored "
+        f"byte is fetched {found.reads_per_byte:.2f} times",
         f"steps shorter than {found.fastest_step_seconds:.4f} s would pass the bucket's {GETS_PER_SECOND} GET/s",
     ):
         Console().print(line, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor
 
 from training_ready.moe.adapter_files import fill_expert_adapters, save_expert_adapters
 from training_ready.moe.experts_lora import add_expert_adapters
@@ -44,12 +45,20 @@ class ExpertAdapterFiles:
 
     def read(self, model: Any, folder: Path) -> None:
         others = fill_expert_adapters(model, folder)
-        strange = list(others)
-        if isinstance(model, PeftModel):
-            result = set_peft_model_state_dict(model, others)
-            lacking = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
-            strange = [*result.unexpected_keys, *lacking]
-        if strange:
-            raise ResumeError(
-                f"{folder}: its adapter does not fit this model: {', '.join(sorted(strange)[:3])} …"
-            )
+        fill_peft(model, others, folder)
+
+
+def fill_peft(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put what PEFT has saved in ``folder`` into its adapters of the model, if it has any.
+
+    Raises ResumeError when one lacks what the other has.
+    """
+    strange = list(tensors)
+    if isinstance(model, PeftModel):
+        result = set_peft_model_state_dict(model, tensors)
+        lacking = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+        strange = [*result.unexpected_keys, *lacking]
+    if strange:
+        raise ResumeError(
+            f"{folder}: its adapter does not fit this model: {', '.join(sorted(strange)[:3])} …"
+        )

@@ -26,8 +26,10 @@ DOMAINS = "domains"
 
 
 def domains_of(*readers: PackReader | None) -> list[str]:
-    """Every domain that the corpora of these streams name, sorted."""
+    """Every domain that the corpora of these streams name, sorted. Waits for all tokens: they say it."""
     lines = [line for reader in readers if reader is not None for line in reader.plan.lines]
+    for line in lines:
+        line.wait_for_all()
     return sorted({cell.domain for line in lines for cell in line.index.cells} - {""})
 
 
@@ -73,6 +75,10 @@ class ExpertDomains:
             return
         with self._monitors["train" if training else "eval"].tokens(numbers):
             yield
+
+    def mark(self) -> Callable[[], None]:
+        """See :meth:`DomainLoadMonitor.mark`; of training only."""
+        return self._monitors["train"].mark()
 
     def since_last_log(self) -> dict[str, float]:
         """Metrics of the training tokens since the last call; a collective call."""

@@ -11,7 +11,7 @@ What it changes, and why:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trl import SFTConfig
 from training_ready import TrainingReadyError
 from training_ready.moe.monitor import LoadSnapshot
 from training_ready.moe.routing import Routing, route_in_float32
+from training_ready.moe.shared_base import train_shared_base
 from training_ready.recipe.sections import MoeSection
 from training_ready.training.expert_adapters import ExpertAdapterFiles, adapt_experts
 from training_ready.training.expert_domains import DOMAINS, DomainCollator, ExpertDomains, domains_of
@@ -67,6 +68,8 @@ class MoETrainer(StreamSFTTrainer):
         for key in ("adapters", "shared_base", "experts_4bit"):
             if getattr(moe, key) is not None:
                 self._refuse_where_unproven(key)
+        if moe.shared_base is not None:
+            train_shared_base(self.model)  # PEFT has frozen all but its own
         if moe.adapters is not None:
             logger.info(adapt_experts(self.model, moe.adapters))
             self._part = ExpertAdapterFiles()
@@ -117,6 +120,16 @@ class MoETrainer(StreamSFTTrainer):
     @property
     def can_give_up_a_step(self) -> bool:
         return self.router_losses is None and super().can_give_up_a_step  # the balance window has moved on
+
+    def mark_step(self) -> Callable[[], None]:
+        load, domains = self.expert_load, self.expert_domains
+        marks = [*([load.monitor.mark()] if load else []), *([domains.mark()] if domains else [])]
+
+        def forget() -> None:
+            for back in marks:
+                back()
+
+        return forget
 
     # ------------------------------------------------------------------ losses
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

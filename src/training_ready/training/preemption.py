@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -92,18 +93,27 @@ class StopReason(enum.IntEnum):
 class StopTogether(TrainerCallback):
     """Lets all ranks save and stop after the same optimizer step."""
 
-    def __init__(self, signals: StopSignals, *, deadline: float | None, whole_steps: bool) -> None:
+    def __init__(
+        self,
+        signals: StopSignals,
+        *,
+        deadline: float | None,
+        whole_steps: bool,
+        mark_step: Callable[[], Callable[[], None]],
+    ) -> None:
         """
         Args:
             deadline: stop at this time of ``time.monotonic``.
             whole_steps: finish the optimizer step that has begun, for engines that keep gradients of their own;
                 otherwise its micro-batches are given up, and done again after the restart.
+            mark_step: called before a step that may be given up; what it returns, when it is.
         """
         self.reason = StopReason.NONE
         self._signals, self._whole_steps = signals, whole_steps
         self._deadline = deadline
         self._saved_step = 0
-        self._random_state: _RandomState | None = None
+        self._mark_step = mark_step
+        self._undo: list[Callable[[], None]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -119,7 +129,7 @@ class StopTogether(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if args.gradient_accumulation_steps > 1 and not self._whole_steps:
-            self._random_state = _RandomState()
+            self._undo = [_RandomState().restore, self._mark_step()]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -135,8 +145,8 @@ class StopTogether(TrainerCallback):
     ) -> None:
         if self._whole_steps or self._vote(args) is not StopReason.SIGNAL:
             return
-        if self._random_state is not None:
-            self._random_state.restore()  # as it was when the step that is saved ended
+        for undo in self._undo:  # all as it was when the step that is saved ended
+            undo()
         self._stop(StopReason.SIGNAL, state, control)
 
     def on_prediction_step(

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import ModelConfig, SFTConfig
 
 from training_ready.corpus.manifest import Manifest
 from training_ready.moe.families import moe_family
@@ -32,8 +32,9 @@ from training_ready.training import summary
 from training_ready.training.arguments import distributed_config, model_config, sft_config, world
 from training_ready.training.callbacks import MetricsFile, MirrorCost, ProgressDisplay
 from training_ready.training.checkpoint_keeper import CheckpointKeeper
-from training_ready.training.checkpoints import Interrupted, ResumeError, StreamState
+from training_ready.training.checkpoints import Interrupted, ResumeError, StreamState, Unfinished
 from training_ready.training.data import RunData, corpus_texts, open_corpus, order_facts, prepare_data
+from training_ready.training.lora import lora_config
 from training_ready.training.model import build_model, load_model
 from training_ready.training.moe_trainer import MoETrainer
 from training_ready.training.nodes import find_nodes
@@ -42,6 +43,7 @@ from training_ready.training.plots import plot_loss
 from training_ready.training.preemption import EvaluationAbandoned, StopReason, StopSignals, StopTogether
 from training_ready.training.resume import bring_metrics, bucket_of, checkpoint_to_resume, open_mirror
 from training_ready.training.run_folder import RunFolder
+from training_ready.training.same_model import refuse_other_model
 from training_ready.training.scratch import ModelError
 from training_ready.training.shared_experts import share_base
 from training_ready.training.tokenizer import load_tokenizer, trained_once
@@ -74,6 +76,8 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     args = sft_config(recipe)  # from here on the ranks can speak to each other
     nodes, bucket = find_nodes(folder.path), bucket_of(recipe)
     checkpoint = checkpoint_to_resume(folder.path, recipe.trl.get("resume_from_checkpoint"), bucket, nodes)
+    if checkpoint is not None:
+        refuse_other_model(checkpoint, recipe)
 
     # ------------------------------------------------- tokenizer, then tokens
     tokenizer = _tokenizer(recipe, model_args, store, manifest, folder, checkpoint)
@@ -97,14 +101,15 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
             start=start,
             checkpoints=CheckpointKeeper(folder.path, nodes, limit=args.save_total_limit, mirror=mirror),
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
+            peft_config=lora_config(model_args, model),
             callbacks=[
                 MetricsFile(folder),
                 ProgressDisplay(console),
                 *([MirrorCost(mirror)] if mirror else []),
             ],
         )
-        stop = StopTogether(signals, deadline=deadline, whole_steps=not trainer.can_give_up_a_step)
+        whole_steps = not trainer.can_give_up_a_step
+        stop = StopTogether(signals, deadline=deadline, whole_steps=whole_steps, mark_step=trainer.mark_step)
         trainer.add_callback(stop)
         trainer.add_callback(PlacementCheck(trainer, recipe.launch))
 
@@ -154,16 +159,20 @@ def _stopped(stop: StopTogether, trainer: StreamSFTTrainer, folder: RunFolder) -
     """Says why the run stops before its end and how to go on.
 
     Raises:
-        Interrupted: a signal stopped it; in the first process only, whose exit status is the run's.
+        Unfinished: its checkpoints hold no optimizer; in the first process only, whose exit status is the run's.
+        Interrupted: a signal stopped it; in the first process only.
     """
     where = f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}"
-    how = "Continue with the same command and resume_from_checkpoint=auto."
-    if trainer.args.save_only_model:
-        how = "It cannot be continued: save_only_model left the optimizer out of its checkpoints."
-    if stop.reason is StopReason.BUDGET:
-        logger.info(f"{where}: budget.max_hours is used up. {how}")
-    elif trainer.is_world_process_zero():
-        raise Interrupted(f"{where} by a signal. {how}")
+    where += ": budget.max_hours is used up." if stop.reason is StopReason.BUDGET else " by a signal."
+    if trainer.is_world_process_zero():
+        if trainer.args.save_only_model:
+            raise Unfinished(
+                f"{where} It cannot be continued: its checkpoints hold weights only (save_only_model)."
+            )
+        where += " Continue with the same command and resume_from_checkpoint=auto."
+        if stop.reason is StopReason.SIGNAL:
+            raise Interrupted(where)
+        logger.info(where)
     return folder.path
 
 
@@ -273,6 +282,7 @@ def _start(
     if checkpoint is not None:
         saved = StreamState.read(checkpoint)
         saved.refuse_unless_same_data(start, checkpoint, recipe.stream.resume_allow)
+        saved.refuse_weights_only(checkpoint, args.max_steps)
         logger.info(f"continuing from {checkpoint}, pack {saved.position}")
         start = replace(start, position=saved.position, step=saved.step)
     if world()[0] == 0:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
+from training_ready.moe.adapter_files import WEIGHTS
 from training_ready.moe.dense_identity import BaseIdentity, identify
 from training_ready.moe.families import MoEError, routed_layers
 from training_ready.moe.routing import route_in_float32
@@ -19,15 +21,20 @@ from training_ready.moe.shared_base_files import (
     fill_shared_base,
     load_shared_base,
     read_shared_base,
+    read_shared_lora,
     save_shared_base,
 )
 from training_ready.recipe.sections import SharedBaseSection
 from training_ready.training.checkpoints import ResumeError
+from training_ready.training.expert_adapters import fill_peft
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedExperts:
-    """What a checkpoint holds of such a model: adapters, routers, and which base they belong to."""
+    """What a checkpoint holds of such a model: adapters, routers, and which base they belong to.
+
+    LoRA on the attention lies beside it, as PEFT saves it.
+    """
 
     base: BaseIdentity
     experts: tuple[str, ...]
@@ -45,10 +52,14 @@ class SharedExperts:
                 "another output_dir."
             )
         fill_shared_base(model, tensors, folder)
+        if read_shared_lora(folder, settings):  # refuses what is not whole
+            fill_peft(model, load_file(folder / WEIGHTS), folder)
 
 
 def share_base(dense: Any, chosen: SharedBaseSection, *, seed: int) -> tuple[Any, SharedExperts]:
     """A mixture of experts over ``dense``, which is used up; everything but adapters and routers is frozen.
+
+    When PEFT has put LoRA on the attention, ``train_shared_base`` has to be called once more.
 
     Adapters and routers are fp32 whatever the base is, and routers compute in it: steps of 1e-4 vanish in bf16.
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def token_facts(data: RunData, packs_consumed: int) -> dict[str, Any]:
     parts = plan.count(packs_consumed)
     return {
         **asdict(data.counts),
+        "untokenised_blocks": data.untokenised_blocks,
         "packs": sum(part.packs for part in parts.values()),
         "pack_fill": round(fill_of(list(parts.values()), data.max_length), 4),
         "trained_rows": sum(part.rows for part in parts.values()),
@@ -72,7 +74,7 @@ def token_facts(data: RunData, packs_consumed: int) -> dict[str, Any]:
             {
                 "name": name,
                 "packs": part.packs,
-                "epochs": round(part.epochs, 4),
+                "epochs": None if part.epochs is None else round(part.epochs, 4),
                 "rows": part.rows,
                 "tokens": part.tokens,
                 "learned_tokens": part.learned_tokens,
@@ -106,9 +108,11 @@ def loss_facts(folder: RunFolder, evaluation: dict[str, float]) -> dict[str, Any
 
 
 def model_facts(model: PreTrainedModel, model_args: ModelConfig) -> dict[str, Any]:
+    adapters = sum(_size(weight) for name, weight in model.named_parameters() if _ADAPTER.search(name))
     return {
         "architecture": type(model).__name__,
-        "parameters_total": _total(model),
+        "parameters_total": _released(model),
+        "parameters_merged": adapters,
         "parameters_trainable": sum(
             _size(parameter) for parameter in model.parameters() if parameter.requires_grad
         ),
@@ -117,18 +121,20 @@ def model_facts(model: PreTrainedModel, model_args: ModelConfig) -> dict[str, An
     }
 
 
-def _total(model: PreTrainedModel) -> int:
-    """Parameters of the model; experts in four bits count as weights, those over a shared base as in the release."""
-    total = sum(_size(parameter) for parameter in model.parameters())
+_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|split_lora|experts\.adapters)\.")
+"""Parameters that a release merges: LoRA and whole layers of PEFT, adapters of experts, experts over a shared base."""
+
+
+def _released(model: PreTrainedModel) -> int:
+    """Parameters of the release: adapters merged, experts in four bits as weights, those over a shared base whole."""
+    total = sum(_size(weight) for name, weight in model.named_parameters() if not _ADAPTER.search(name))
     if moe_family(model.config) is None:
         return total
     total += sum(math.prod(quantised.shape) for _, quantised in quantised_experts(model))
     for routed in routed_layers(model):
         experts = routed.block.experts
         if isinstance(experts, SharedExperts):
-            shared = sum(_size(weight) for weight in experts.shared.parameters())
-            differences = sum(_size(weight) for weight in experts.adapters.parameters())
-            total += (experts.num_experts - 1) * shared - differences
+            total += (experts.num_experts - 1) * sum(_size(weight) for weight in experts.shared.parameters())
     return total
 
 

@@ -112,6 +112,10 @@ class StreamSFTTrainer(SFTTrainer):
         """Whether the micro-batches of a step that is not complete can be forgotten without a trace."""
         return not self.is_deepspeed_enabled  # its engine counts micro-batches and keeps gradients by itself
 
+    def mark_step(self) -> Callable[[], None]:
+        """Called before a step that can be given up; what is returned forgets all that it has counted since."""
+        return lambda: None
+
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         packs = pack_stream(
             self._packs,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_ready.release.export import ExportError
+from training_ready.release.shared_base import is_shared_base
 from training_ready.release.targets.table import refuse
 from training_ready.release.targets.tokenizer_files import read_json, write_json
 from training_ready.release.targets.weights import PER_EXPERT
@@ -33,6 +34,11 @@ def write_adapter(folder: Path, out: Path) -> None:
     """
     from safetensors.torch import load_file, save_file
 
+    if is_shared_base(folder):
+        raise ExportError(
+            f"{folder} holds experts over a shared base, and PEFT's adapter in it is the attention's alone: build the "
+            "release of that run and export it for another target"
+        )
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA" or not config.get("base_model_name_or_path"):
         raise ExportError(f"{folder / CONFIG}: a LoRA adapter that names its base model is needed")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from training_ready.release.record import ReleaseRecord
 
 TARGET = "hf, vllm, tgi, gguf, ollama or adapter."
 
@@ -16,11 +20,16 @@ def release_export(
     ],
     out: Annotated[Path, typer.Argument(help="Where the export goes; an earlier export there is replaced.")],
     target: Annotated[str, typer.Option(help=TARGET)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="For adapter: release.KEY=VALUE over what the run's recipe says."),
+    ] = None,
     gguf_type: Annotated[str, typer.Option(help="f32, f16 or q8_0, for gguf and ollama.")] = "f16",
 ) -> None:
     """Rewrite a release for one kind of engine, or refuse and say which target can serve it.
 
-    Files only: no GPU, and no more than 2 GB of weights in memory.
+    Files only: no GPU, and no more than 2 GB of weights in memory. An adapter of a finished run gets its card here,
+    and is published like a release when it was verified.
 
     Example: training-ready release export releases/quickstart exports/quickstart-tgi --target tgi
     """
@@ -29,6 +38,11 @@ def release_export(
 
     from training_ready.release.targets.export import export_release
 
+    record = None
+    if target == "adapter":
+        record = _record_of(release, overrides or ())
+    elif overrides:
+        raise typer.BadParameter("a release has its words already; only an adapter takes release.KEY=VALUE")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task("tensors", total=None)
@@ -38,9 +52,26 @@ def release_export(
             target,
             gguf_type=gguf_type,
             progress=lambda count, total: bars.update(task, completed=count, total=total),
+            record=record,
         )
     typer.echo(f"{out}: {len(done.files)} files for {target}, {sum(done.files.values()):,} bytes")
     typer.echo(f"Next: training-ready release verify {out} --target {target} --release {release}")
+
+
+def _record_of(checkpoint: Path, overrides: Sequence[str]) -> ReleaseRecord | None:
+    """What the adapter's card is written from; None, and said why, where its run does not tell enough."""
+    from training_ready.recipe.load import load_recipe
+    from training_ready.release.build import adapter_record
+    from training_ready.release.facts import CardError
+
+    recipe = checkpoint.resolve().parent / "recipe.yaml"
+    try:
+        if not recipe.is_file():
+            raise CardError(f"{recipe} is missing: it is not a checkpoint in the folder of a run")
+        return adapter_record(checkpoint.resolve(), load_recipe(recipe, overrides).release)
+    except CardError as error:
+        typer.echo(f"No card, so this adapter cannot be published: {error}", err=True)
+        return None
 
 
 def release_verify(

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training_ready.release.card import lay_card
 from training_ready.release.contents import EXPORT, hash_file
 from training_ready.release.export import ExportError, whole_folder
+from training_ready.release.record import ReleaseRecord
 from training_ready.release.targets import gguf_file
 from training_ready.release.targets.adapter import write_adapter
 from training_ready.release.targets.ollama import modelfile
@@ -20,6 +22,7 @@ from training_ready.release.targets.proof import compare_prompts, prompts_of, tr
 from training_ready.release.targets.table import TARGETS, refuse
 from training_ready.release.targets.tgi_config import tgi_config
 from training_ready.release.targets.tokenizer_files import (
+    TOKENIZER,
     read_json,
     special_tokens_map,
     tgi_tokenizer,
@@ -30,7 +33,6 @@ from training_ready.release.targets.weights import Progress, expert_by_expert, r
 MARKER = EXPORT
 # Beside the weights, in every target that is a folder of transformers' files.
 _WORDS = ("*.md", "release.json", "*.png", "*.svg", "*.jpg", "license", "LICENSE", "notice", "NOTICE")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -44,7 +46,13 @@ class Exported:
 
 
 def export_release(
-    release: Path, out: Path, target: str, *, gguf_type: str = "f16", progress: Progress | None = None
+    release: Path,
+    out: Path,
+    target: str,
+    *,
+    gguf_type: str = "f16",
+    progress: Progress | None = None,
+    record: ReleaseRecord | None = None,
 ) -> Exported:
     """Rewrite `release` for `target` into `out`, which appears whole or not at all; an earlier export is replaced.
 
@@ -52,6 +60,7 @@ def export_release(
         release: a folder of `release build`; for the target "adapter" a folder with adapter_config.json.
         gguf_type: "f32", "f16" or "q8_0"; the targets gguf and ollama only.
         progress: called with (tensors done, tensors in all).
+        record: of an adapter, which has no release beside it: what its card is written from. Without one it has none.
 
     Raises ExportError for what the target cannot serve faithfully, naming the nearest target that can.
     """
@@ -72,21 +81,25 @@ def export_release(
         "tgi": lambda folder: _write_tgi(release, folder, config, progress),
         "gguf": lambda folder: gguf_file.write_gguf(release, folder, config, gguf_type, progress),
         "ollama": lambda folder: _write_ollama(release, folder, config, gguf_type, progress),
-        "adapter": lambda folder: write_adapter(release, folder),
+        "adapter": lambda folder: _write_adapter(release, folder),
     }
     with whole_folder(out, marker=MARKER) as folder:
         writers[target](folder)
-        _copy(release, folder, _WORDS)
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        if target != "adapter":
+            _copy(release, folder, _WORDS)
+        elif record is not None:
+            lay_card(record, release.resolve().parent, folder)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
         write_json(folder / MARKER, {"target": target, "release": identity(release), "files": files})
-        for path in folder.iterdir():
-            path.chmod(0o644)  # 19: safetensors writes 0600
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # 19: safetensors writes 0600
     return Exported(folder=out, target=target, files=files)
 
 
 def identity(release: Path) -> dict[str, str]:
     """Name to sha256 of the files that decide what a release computes: weights, configuration, tokenizer."""
-    names = ("config.json", "adapter_config.json", *_TOKENIZER)
+    names = ("config.json", "adapter_config.json", *TOKENIZER)
     paths = [*(release / name for name in names), *release.glob("*.safetensors")]
     files = [hash_file(path, release) for path in sorted(paths) if path.is_file()]
     return {file.path: file.sha256 for file in files}
@@ -95,7 +108,7 @@ def identity(release: Path) -> dict[str, str]:
 def _write_hf(release: Path, folder: Path, config: Mapping[str, Any], progress: Progress | None) -> None:
     """The release as it is, experts one by one; only the weights that config.json describes."""
     rewrite_weights(release, folder, [expert_by_expert(str(config["model_type"]))], progress)
-    _copy(release, folder, ("config.json", "generation_config.json", *_TOKENIZER))
+    _copy(release, folder, ("config.json", "generation_config.json", *TOKENIZER))
 
 
 def _write_tgi(release: Path, folder: Path, config: Mapping[str, Any], progress: Progress | None) -> None:
@@ -115,6 +128,12 @@ def _check_template(release: Path, settings: Mapping[str, Any]) -> None:
     found = compare_prompts(trained_prompts(release), prompts_of(settings["chat_template"], passed))
     if not found.passed:
         raise refuse("tgi", "this chat template", found.result, "vllm")
+
+
+def _write_adapter(checkpoint: Path, folder: Path) -> None:
+    """The adapter and the tokenizer that it was trained with. PEFT's README.md is a form to fill in, and stays."""
+    write_adapter(checkpoint, folder)
+    _copy(checkpoint, folder, TOKENIZER)
 
 
 def _write_ollama(

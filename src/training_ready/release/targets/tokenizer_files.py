@@ -14,6 +14,8 @@ from typing import Any
 from training_ready.release.export import ExportError
 from training_ready.release.targets.chat_template import normalise, taking_text
 
+# As transformers 5 writes it.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from training_ready.release.card import CARD
+from training_ready.release.contents import strangers
 from training_ready.release.export import ExportError
 from training_ready.release.targets import verify_adapter, verify_gguf, verify_tgi
 from training_ready.release.targets.conversations import multilingual_text
@@ -42,9 +44,16 @@ def verify_export(
         raise ExportError(f"{folder} was exported for {about.get('target')}, not for {target}")
     if about.get("release") != identity(release):
         raise ExportError(f"{folder} was not made from {release} as it is now: export again")
-    missing = {name for name, size in about["files"].items() if not _is_whole(folder / name, size)}
+    # A card is written again when something was verified or published.
+    made = {name: size for name, size in about["files"].items() if name != CARD}
+    missing = {name for name, size in made.items() if not _is_whole(folder / name, size)}
     if missing:
         raise ExportError(f"{folder} is damaged: {', '.join(sorted(missing))}; export again")
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if added := strangers(here, about["files"]):
+        raise ExportError(
+            f"{folder} holds {', '.join(added)}, which `release export` did not write and an engine may load: remove it"
+        )
     checks: dict[str, Callable[[], list[Finding]]] = {
         "hf": lambda: _verify_hf(folder, release, dtype),
         "vllm": lambda: _verify_hf(folder, release, dtype),

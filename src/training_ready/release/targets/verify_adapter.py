@@ -7,7 +7,7 @@ from pathlib import Path
 from training_ready.release.export import ExportError
 from training_ready.release.targets.adapter import CONFIG, WEIGHTS, base_family, fused_parts
 from training_ready.release.targets.proof import Finding
-from training_ready.release.targets.tokenizer_files import read_json
+from training_ready.release.targets.tokenizer_files import TOKENIZER, read_json
 from training_ready.release.targets.weights import PER_EXPERT
 
 
@@ -38,7 +38,12 @@ def verify(folder: Path, checkpoint: Path) -> list[Finding]:
                     raise ExportError(f"{folder / WEIGHTS} lacks {error}") from error
                 worst, pairs = max(worst, float((product - part).abs().max())), pairs + 1
     same = trained.keys() == served.keys() and all(trained[key].equal(served[key]) for key in trained)
+    words = [name for name in TOKENIZER if (checkpoint / name).is_file()]
+    kept = all((folder / name).read_bytes() == (checkpoint / name).read_bytes() for name in words)
     return [
+        Finding(
+            check="tokenizer", result=f"{len(words)} files, {'equal' if kept else 'different'}", passed=kept
+        ),
         Finding(
             check="dense pairs",
             result=f"{len(trained)} tensors, {'equal' if same else 'different'}",
