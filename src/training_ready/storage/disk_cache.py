@@ -109,7 +109,9 @@ class DiskCache:
                 output.write(hashlib.sha256(data).digest())
                 output.flush()
                 os.fsync(output.fileno())
-                os.replace(temporary, path)
+                # Whoever counts the blocks holds the ledger: a name that changed meanwhile would be counted nowhere.
+                with self._locked("ledger"):
+                    os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
