@@ -72,7 +72,7 @@ def bound(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Every pack of a pass, tokenised as it is asked for, or from the tokens of a run before."""
+    """Every pack of a pass: tokenised as it is asked for (``early``), or from the tokens of a run before, counted."""
     import torch  # noqa: F401 - `datasets` imports it at the first row, and a trainer long before
 
     from training_ready.corpus.manifest import Shard
@@ -94,17 +94,20 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         policy=LengthPolicy(max_length=CAPACITY),
     )
     shards, share = [Shard(**shard) for shard in job["shards"]], Share(workers=job.get("workers", 1))
-    if "copies" in job:
-        index = TokenIndex.joined([cache.ensure(shards, share)] * job["copies"])
-        tokens = TokenSet(name="synthetic", store=store, prefix=cache.prefix, index=index)
-    else:
+    if job.get("early"):
         tokens = cache.begin("synthetic", shards, 1, share)
-    order = Order(max_length=CAPACITY, seed=1, lanes=job.get("lanes", 1))
+    else:
+        index = TokenIndex.joined([cache.ensure(shards, share)] * job.get("copies", 1))
+        tokens = TokenSet(name="synthetic", store=store, prefix=cache.prefix, index=index)
+    order = Order(
+        max_length=CAPACITY, seed=1, lanes=job.get("lanes", 1), epochs=None if tokens.begins_early else 1
+    )
     packs = pack_reader({"data": Part(tokens=tokens)}, order)
     plan, start = packs.plan, 0
     if "from_share" in job:
         start = int(plan.packs_per_pass * job["from_share"]) // order.lanes * order.lanes
-    for position, pack in enumerate(pack_stream(packs, position=start, global_batch=order.lanes), start + 1):
+    stream = pack_stream(packs, position=start, global_batch=order.lanes, fill_last_batch=False)
+    for position, pack in enumerate(stream, start + 1):
         measure.take(len(pack["input_ids"]), CAPACITY)
         if "from_share" in job or (tokens.complete and position == plan.packs_per_pass):
             break
