@@ -150,12 +150,15 @@ def run_here(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for three checkpoints of the tiny model; nobody has it open at the end."""
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of the parameter's size or with room for three checkpoints of the tiny model; nobody
+    has it open at the end."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '4m')}", "none", str(place)],
+        check=False,
+        capture_output=True,
     )
     if mounted.returncode != 0:
         pytest.skip("a file system can be mounted by root only")

@@ -279,20 +279,7 @@ def test_kill_9_twenty_times_in_a_row(
 
 
 # --------------------------------------------------------------------------- a full disk
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 8 MiB of its own."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a file system can be mounted by root only")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
 def test_a_full_disk_stops_a_download_before_it_begins(
     tmp_path: Path, store: ObjectStore, small_disk: Path
 ) -> None:

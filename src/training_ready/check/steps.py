@@ -81,13 +81,13 @@ def _part(context: CheckContext, part: MixturePart) -> tuple[int, int, bool]:
     if index is None:
         index, scale = _index_of_sample(context, origin), context.sample.scale(origin)
     store, seed = context.corpora[origin[0]].store, data_seed(recipe)
-    rows = (
+    token_set = (
         TokenSet.early(name=origin[0], store=store, prefix="", index=index, seed=seed)
         if begins_early(recipe)
         else TokenSet(name=origin[0], store=store, prefix="", index=index)
     )
     line = PackLine(
-        rows,
+        token_set,
         max_length=recipe.effective("max_length"),
         seed=seed,
         sources=part.sources,

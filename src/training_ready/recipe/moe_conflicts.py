@@ -75,7 +75,8 @@ def shared_base(s: Settings) -> Iterator[tuple[str, str]]:
             "learns differences from a trained model; `model.config` starts from random weights, which would stay "
             "frozen",
         )
-    for key, why in (
+    yield from _leave_out(
+        s,
         ("moe.adapters", "adapts experts that exist; those of `moe.shared_base` are adapters already"),
         (
             "moe.experts_4bit",
@@ -83,9 +84,7 @@ def shared_base(s: Settings) -> Iterator[tuple[str, str]]:
         ),
         ("load_in_4bit", "quantizes the base, and the released experts are exact sums over its weights"),
         ("load_in_8bit", "quantizes the base, and the released experts are exact sums over its weights"),
-    ):
-        if s.get(key):
-            yield key, f"{why}; leave it out"
+    )
     yield from _whole(s, "moe.shared_base", "is built over a dense model that lies whole in each process")
     yield from _only_attention(s)
 
@@ -102,14 +101,20 @@ def _only_attention(s: Settings) -> Iterator[tuple[str, str]]:
             f"{', '.join(others)}: beside `moe.shared_base` only the attention can be adapted, the feed-forward is the "
             f"base of all experts and they are its adapters; name {', '.join(_ATTENTION)} or some of them",
         )
-    for key, why in (
+    yield from _leave_out(
+        s,
         (
             "lora_target_parameters",
             "adapts fused experts, and those of `moe.shared_base` are adapters already",
         ),
         ("lora_modules_to_save", "trains layers as a whole, and the release takes them from the base"),
         ("use_dora", "is no sum over the base's weights, and the release is"),
-    ):
+    )
+
+
+def _leave_out(s: Settings, *reasons: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with keys, (key, why) each, that may not be set."""
+    for key, why in reasons:
         if s.get(key):
             yield key, f"{why}; leave it out"
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +57,6 @@ class Share:
     ahead: bool = False
     advance: Callable[[int], None] | None = None
     patience_seconds: float = 3600
-
-
-class _About(TypedDict):
-    name: str
-    store: ObjectStore
-    prefix: str
 
 
 class TokenCache:
@@ -109,19 +103,20 @@ class TokenCache:
             StreamError: as :meth:`ensure`.
         """
         blocks, share = self.blocks_of(shards), share or Share()
-        about: _About = {"name": name, "store": self.store, "prefix": self.prefix}
         index = self.find(shards)
         if index is not None:
-            return TokenSet.early(index=index, seed=seed, **about)
+            return TokenSet.early(name=name, store=self.store, prefix=self.prefix, index=index, seed=seed)
         order = early_rounds(len(blocks), seed=seed)
         coming = self._coming([[blocks[number] for number in one] for one in order], share, blocks)
         return TokenSet(
+            name=name,
+            store=self.store,
+            prefix=self.prefix,
             index=next(coming),
             rounds=[1],
             coming=coming,
             blocks=len(blocks),
             fingerprint=fingerprint_of([block.key for block in blocks]),
-            **about,
         )
 
     def find(self, shards: Sequence[Shard]) -> TokenIndex | None:
@@ -135,13 +130,12 @@ class TokenCache:
         self, rounds: Sequence[Sequence[CorpusBlock]], share: Share, whole: Sequence[CorpusBlock]
     ) -> Iterator[TokenIndex]:
         """The index of each round: made when it is asked for, or in a thread that waits for nobody's question."""
-        if not share.ahead and share.world_size == share.workers == 1:
-            tokeniser = BlockTokeniser(self.store, self._renderer, self._policy)
-            return self._made(tokeniser, rounds, share, whole)
         # A thread, because whoever waits for another rank's share must not be what that rank waits for. It has a
         # tokenizer of its own: another thread could set a truncation between two calls.
-        tokeniser = BlockTokeniser(self.store, copy.deepcopy(self._renderer), self._policy)
-        return _in_background(self._made(tokeniser, rounds, share, whole))
+        alone = not share.ahead and share.world_size == share.workers == 1
+        renderer = self._renderer if alone else copy.deepcopy(self._renderer)
+        made = self._made(BlockTokeniser(self.store, renderer, self._policy), rounds, share, whole)
+        return made if alone else _in_background(made)
 
     def _made(
         self,
